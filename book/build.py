@@ -1,0 +1,283 @@
+"""Run the notebooks and build the book: ``make book``.
+
+Papermill executes a copy of every chapter into ``_build/executed``, unless
+one is there that the same notebook, package, records and parameters gave.
+The copies are laid beside the book's other sources in ``_build/stage``, and
+jupyter-book turns those into pages, warnings being errors.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+import tomllib
+from collections.abc import Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import papermill
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "_build"
+PARAMETERS = {"profile", "dataset", "root", "seed", "output"}
+MATHJAX = "mathjax@3.2.2"
+MATHJAX_SHA256 = (
+    "1b9c0a1c44df864e915690558e72adb9cc5203360daefd385084ced3b6c64c09"
+)
+MATHJAX_CDN = f"https://cdn.jsdelivr.net/npm/{MATHJAX}/es5/tex-chtml.js"
+Record = dict[str, Any]  # what the status page tells about one execution
+
+
+class BookError(Exception):
+    """Something the author or the reader can mend."""
+
+
+def digest(*parts: str | Path) -> str:
+    """Return SHA-256 over strings, files, and folders with all below them."""
+    total = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, str):
+            total.update(part.encode() + b"\0")
+            continue
+        for file in sorted(part.rglob("*")) if part.is_dir() else [part]:
+            if file.is_file() and "__pycache__" not in file.parts:
+                name = str(file.relative_to(part)).encode()
+                total.update(name + b"\0" + file.read_bytes() + b"\0")
+    return total.hexdigest()
+
+
+def chapters(root: Path = ROOT) -> list[str]:
+    """Return the pages of ``_toc.yml`` in their order, without suffix."""
+    toc = (root / "_toc.yml").read_text()
+    return re.findall(r"^[\s-]*(?:root|file): *(\S+)", toc, re.MULTILINE)
+
+
+def check_parameters(notebook: Path, given: Mapping[str, str]) -> None:
+    """Refuse unknown parameters, which papermill only warns about."""
+    known = set(papermill.inspect_notebook(str(notebook)))
+    if missing := sorted(PARAMETERS - known):
+        raise BookError(
+            f"{notebook.name} must assign {', '.join(missing)} in its cell "
+            "tagged 'parameters'."
+        )
+    if unknown := sorted(set(given) - known):
+        raise BookError(
+            f"{notebook.name} has no parameter {', '.join(unknown)}; "
+            f"it has {', '.join(sorted(known))}."
+        )
+
+
+def execute(
+    notebook: Path, folder: Path, given: Mapping[str, str], sources: str = ""
+) -> Record:
+    """Execute a copy of a notebook, unless an up-to-date one is there.
+
+    The copy is written to `folder`; the notebook's parameter ``output`` is a
+    folder of its own below, emptied first, so that no earlier run is resumed.
+    `sources` is the digest of all else that the result depends on. Raises
+    BookError if a parameter is unknown or a cell fails, and keeps the copy.
+    """
+    check_parameters(notebook, given)
+    copy = folder / notebook.name
+    output, stamp = copy.with_suffix(""), copy.with_suffix(".json")
+    # Relative, so that no page shows where on whose machine it was made.
+    relative = os.path.relpath(output, notebook.parent)
+    parameters = {**given, "output": relative}
+    key = digest(notebook, sources, json.dumps(parameters, sort_keys=True))
+    if stamp.exists() and copy.exists():
+        record: Record = json.loads(stamp.read_text())
+        if record["digest"] == key:
+            seconds = record["seconds"]
+            print(f"{notebook.stem}: unchanged since it ran in {seconds} s")
+            return record
+    stamp.unlink(missing_ok=True)
+    shutil.rmtree(output, ignore_errors=True)
+    # Neither a kernel 'python3' nor start-up files in the person's home may
+    # take part.
+    private = folder / ".ipython"
+    settings = private / "profile_default" / "ipython_kernel_config.py"
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    settings.write_text("c.IPKernelApp.log_level = 40\n")
+    kernels = str(Path(sys.prefix, "share", "jupyter"))
+    places = {"JUPYTER_PATH": kernels, "IPYTHONDIR": str(private)}
+    output.mkdir()
+
+    print(f"{notebook.stem}: running ...", flush=True)
+    command = [sys.executable, "-m", "papermill", str(notebook), str(copy)]
+    command += ["-k", "python3", "--cwd", str(notebook.parent)]
+    command += ["--log-level", "ERROR"]
+    bar = "--progress-bar" if sys.stderr.isatty() else "--no-progress-bar"
+    command.append(bar)
+    for name, value in parameters.items():
+        command += ["-p", name, value]
+    start = time.monotonic()
+    process = subprocess.Popen(command, env={**os.environ, **places})
+    _, status, usage = os.wait4(process.pid, 0)  # the kernel's memory too
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise BookError(f"{notebook.name} failed; see its copy, {copy}")
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes in ru_maxrss
+    record = {
+        "digest": key,
+        "seconds": round(time.monotonic() - start),
+        "memory": round(usage.ru_maxrss * unit / 2**30, 1),
+        "profile": given["profile"],
+        "date": date.today().isoformat(),
+        "machine": f"{platform.system()}, {os.cpu_count()} cores",
+    }
+    stamp.write_text(json.dumps(record))
+    print(f"{notebook.stem}: {record['seconds']} s, {record['memory']} GiB")
+    return record
+
+
+def fetch_mathjax(folder: Path) -> bool:
+    """Put MathJax into `folder`, by npm; return False if that cannot be."""
+    if folder.exists():
+        return True
+    cache = folder.with_name("mathjax-download")
+    shutil.rmtree(cache, ignore_errors=True)
+    cache.mkdir(parents=True)
+    command = ["npm", "pack", MATHJAX, "--silent"]
+    try:
+        subprocess.run(
+            command, cwd=cache, check=True, capture_output=True, timeout=120
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"MathJax: not from npm ({error}); pages load it from its CDN")
+        return False
+    archive = next(cache.glob("*.tgz"))
+    if hashlib.sha256(archive.read_bytes()).hexdigest() != MATHJAX_SHA256:
+        raise BookError(f"{archive} is not the {MATHJAX} that is known here.")
+    with tarfile.open(archive) as tar:
+        tar.extractall(cache, filter="data")
+    source, wanted = cache / "package" / "es5", cache / "wanted"
+    for part in ("output/chtml/fonts/woff-v2", "input/tex/extensions"):
+        shutil.copytree(source / part, wanted / part)
+    shutil.copy(source / "tex-chtml.js", wanted)
+    wanted.replace(folder)
+    shutil.rmtree(cache)
+    return True
+
+
+def status_page(records: Mapping[str, Record]) -> str:
+    """Return Markdown: when, where and for how long each chapter ran."""
+    columns = ["seconds", "memory", "profile", "date", "machine"]
+    rows = [
+        f"| [](/{name}) | {' | '.join(str(record[c]) for c in columns)} |"
+        for name, record in records.items()
+    ]
+    head = "| chapter | run time (s) | peak memory (GiB) | profile | date |"
+    return (
+        "# Status of the chapters\n\n"
+        "Written by the run that made these pages.\n\n"
+        f"{head} machine |\n|---|---:|---:|---|---|---|\n" + "\n".join(rows)
+    )
+
+
+def stage(records: Mapping[str, Record]) -> Path:
+    """Lay the sources of all pages into ``_build/stage``."""
+    folder = BUILD / "stage"
+    shutil.rmtree(folder, ignore_errors=True)
+    ignored = shutil.ignore_patterns("*.ipynb", "*.py", "*.toml", "_*_", ".*")
+    shutil.copytree(ROOT / "book", folder / "book", ignore=ignored)
+    for name in chapters():
+        if name in records:
+            copy = BUILD / "executed" / f"{Path(name).name}.ipynb"
+            shutil.copy(copy, folder / f"{name}.ipynb")
+        elif "/" not in name:  # CHANGELOG and the like
+            shutil.copy(ROOT / f"{name}.md", folder)
+    (folder / "book" / "status.md").write_text(status_page(records))
+    shutil.copy(ROOT / "_toc.yml", folder)
+
+    config = yaml.safe_load((ROOT / "_config.yml").read_text())
+    if fetch_mathjax(BUILD / "mathjax"):
+        static = folder / "book" / "_static"
+        shutil.copytree(BUILD / "mathjax", static / "mathjax")
+    else:
+        config["sphinx"]["config"]["mathjax_path"] = MATHJAX_CDN
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    address = project["urls"]["Repository"]
+    config["repository"] = {"url": address, "branch": "main"}
+    (folder / "_config.yml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def outside_requests(html: Path) -> list[str]:
+    """Return what the pages would load from the net."""
+    tag = re.compile(r"<(?:script|link|img|iframe|source|video)\b[^>]*>")
+    address = re.compile(r"""\b(?:src|href)=["']((?:https?:)?//[^"']+)""")
+    found = set()
+    for page in html.rglob("*.html"):
+        for element in tag.findall(page.read_text()):
+            if 'rel="canonical"' not in element:
+                found.update(address.findall(element))
+    return sorted(found - {MATHJAX_CDN})
+
+
+def build_pages(folder: Path) -> Path:
+    """Build the pages, unless the same sources have given those there."""
+    html, stamp = BUILD / "html", BUILD / "html.digest"
+    key = digest(folder, sys.version)
+    if html.exists() and stamp.exists() and stamp.read_text() == key:
+        return html
+    # From scratch: sphinx tells the warnings of a changed page only.
+    stamp.unlink(missing_ok=True)
+    shutil.rmtree(html, ignore_errors=True)
+    shutil.rmtree(BUILD / ".doctrees", ignore_errors=True)
+    print("pages: building ...", flush=True)
+    command = [str(Path(sys.executable).with_name("jupyter-book")), "build"]
+    command += [str(folder), "--path-output", str(ROOT)]
+    command += ["-W", "-n", "--keep-going", "-q"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        print(done.stdout, done.stderr, sep="\n")
+        raise BookError("The pages have warnings or errors; see above.")
+    if found := outside_requests(html):
+        raise BookError(f"Pages must load nothing from the net: {found}")
+    stamp.write_text(key)
+    return html
+
+
+def main() -> None:
+    """Execute the chapters, build the pages, say where they are."""
+    parser = argparse.ArgumentParser(description="Build the book.")
+    parser.add_argument(
+        "--profile", default="cpu", choices=["smoke", "cpu", "gpu"]
+    )
+    given = {"profile": parser.parse_args().profile}
+    records_of_results = ROOT / "reproduce" / "records"
+    lock = ROOT / "requirements.lock"
+    sources = digest(ROOT / "o2cap", records_of_results, lock, sys.version)
+    executed = BUILD / "executed"
+    records: dict[str, Record] = {}
+    failures = []
+    for name in chapters():
+        notebook = ROOT / f"{name}.ipynb"
+        if notebook.exists():
+            try:
+                records[name] = execute(notebook, executed, given, sources)
+            except BookError as error:
+                failures.append(str(error))
+    if failures:
+        raise BookError("\n".join(failures))
+    tables = [executed / Path(name).name / "results.md" for name in records]
+    results = "\n".join(t.read_text() for t in tables if t.exists())
+    (executed / "results.md").write_text(results)
+    html = build_pages(stage(records))
+    print(f"\n{results}\nThe book: {html / 'index.html'}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BookError as error:
+        sys.exit(f"book: {error}")

@@ -1,0 +1,186 @@
+"""The command line. Each command is the Python call of the same name.
+
+What people read goes to standard error; standard output holds what a script wants:
+the run directory, a path, or JSON. Exit codes: 0 done, 2 the person's input, 1 a
+fault of ours, 130 and 143 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+import o2cap
+from o2cap.config import STYLE, Config, SyntheticConfig, starting_point
+from o2cap.errors import InputError, TrainingError
+
+logger = logging.getLogger("o2cap")
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    args = sys.argv[1:] if args is None else list(args)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
+    logger.setLevel(logging.INFO)
+    signal.signal(signal.SIGTERM, _terminated)
+    if args == ["--version"]:
+        print(f"o2cap {o2cap.__version__}")
+        return 0
+    try:
+        default = starting_point(args[1:] if args[:1] == ["train"] else [])
+        tyro.extras.subcommand_cli_from_dict(
+            _commands(default),
+            prog="o2cap",
+            description=o2cap.__doc__,
+            args=args,
+            config=STYLE,
+        )
+    except InputError as error:
+        print(f"o2cap: {error}", file=sys.stderr)
+        return 2
+    except TrainingError as error:
+        print(f"o2cap: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("o2cap: interrupted; the same command goes on.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _terminated(signum: int, frame: object) -> None:
+    print("o2cap: terminated; the same command goes on.", file=sys.stderr)
+    raise SystemExit(128 + signum)
+
+
+# torch, and what stands on it, is imported inside the commands: --help and a misspelt
+# option answer at once.
+
+
+def _commands(default: Config) -> dict[str, Callable[..., Any]]:
+    def train(config: Annotated[Config, tyro.conf.arg(name="")] = default) -> None:
+        """Train on several cameras' pictures without identity labels.
+
+        Without options: the embedded data set, on whatever this machine has. The
+        same command again goes on where it was interrupted. Prints the run directory.
+        """
+        from o2cap.trainer import train as run_training
+
+        print(run_training(config).directory)
+
+    return {"train": train, "evaluate": evaluate, "data": data}
+
+
+def evaluate(
+    run: tyro.conf.Positional[Path],
+    dataset: str | None = None,
+    root: Path | None = None,
+    device: str = "auto",
+    workers: int = 0,
+) -> None:
+    """Evaluate a trained run: mAP, CMC and mINP as JSON.
+
+    Args:
+        run: Run directory.
+        dataset: Another data set than the one the run was trained on.
+        root: Where that data set lies, or where the run's own lies now.
+        device: auto, cpu, cuda, mps.
+        workers: Threads that decode pictures; 0 means one a core.
+    """
+    from o2cap.trainer import (
+        Evaluator,
+        Hardware,
+        check_parts,
+        load_configured,
+        load_model,
+    )
+
+    config, model = load_model(run)
+    config = replace(
+        config,
+        dataset=dataset or config.dataset,
+        root=root or (None if dataset else config.root),
+        device=device,
+        workers=workers,
+    )
+    hardware = Hardware.choose(config)
+    with hardware.in_force(config):
+        found = load_configured(config)
+        check_parts(found)
+        metrics = Evaluator(config, found, hardware).record(model.to(hardware.device))
+    if not metrics:
+        raise InputError(
+            f"The data set {found.name} has no query and no gallery, so there is "
+            "nothing to evaluate; give another one with --dataset and --root."
+        )
+    print(json.dumps(metrics))
+
+
+def verify(
+    name: tyro.conf.Positional[str],
+    root: Path | None = None,
+    pictures: bool = False,
+) -> None:
+    """Compare a data set with what was published of it; exit code 2 if it differs.
+
+    Args:
+        name: market1501, dukemtmcreid, msmt17, veri776, manifest or folders.
+        root: Its folder; for manifest, the CSV file.
+        pictures: Decode every picture, too.
+    """
+    from o2cap.data.benchmarks import verify_dataset
+
+    found = verify_dataset(name, root, pictures=pictures)
+    print(f"{'split':<10}{'':<12}{'published':>12}{'found':>12}")
+    for row in found.rows:
+        expected = "" if row.expected is None else f"{row.expected:,}"
+        print(f"{row.split:<10}{row.what:<12}{expected:>12}{row.found:>12,}")
+    for sentence in found.notes + found.problems[:10]:
+        print(sentence)
+    if found.problems:
+        raise InputError(
+            f"{name} in {root}: {len(found.problems)} differences or problems, the "
+            "first of them above."
+        )
+
+
+def export(
+    folder: tyro.conf.Positional[Path],
+    synthetic: SyntheticConfig = SyntheticConfig(),  # noqa: B008 (frozen)
+    height: int = 64,
+    width: int | None = None,
+    workers: int = 0,
+) -> None:
+    """Render the embedded data set into the layout of Market-1501.
+
+    Args:
+        folder: A new or empty folder.
+        synthetic: What to render.
+        height: Height of the pictures in pixels.
+        width: Their width; by default half the height for persons, else the height.
+        workers: Processes that render; 0 renders in this one.
+    """
+    from o2cap.data.synthetic import export_market1501, render_dataset
+
+    if width is None:
+        width = height // 2 if synthetic.kind == "person" else height
+    rendered = render_dataset(synthetic, height, width, workers=workers)
+    export_market1501(rendered, folder)
+    print(folder)
+
+
+def data(
+    action: Annotated[
+        Annotated[None, tyro.conf.subcommand("verify", constructor=verify)]
+        | Annotated[None, tyro.conf.subcommand("export", constructor=export)],
+        tyro.conf.arg(name=""),
+    ],
+) -> None:
+    """Verify a data set, or export the embedded one."""

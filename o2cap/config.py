@@ -1,0 +1,377 @@
+"""Every setting of a run: typed, frozen, with presets by name.
+
+The same records serve the command line (``--clustering.eps 0.5``), the notebooks
+(``preset("smoke", method="online")``) and ``config.yaml`` in a run directory; tyro
+reads all three, so a misspelt name is refused everywhere with the nearest one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+import yaml
+
+from o2cap.data.synthetic import SyntheticConfig
+from o2cap.errors import InputError, unknown
+
+Method = Literal["baseline", "intra", "offline", "online", "both"]
+Precision = Literal["auto", "bf16", "fp16", "off"]
+Reduction = Literal["camera_sum", "mean"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What stands on the backbone."""
+
+    pooling: Literal["avg", "gem"] = "avg"
+    """Pooling over the last feature map: average, or generalised mean (GeM)."""
+    last_stride: Literal[1, 2] = 1
+    """Stride of a ResNet's last stage; 1 keeps a larger last map."""
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes to a training picture."""
+
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    pad: float = 10 / 256
+    """Black border before the random crop, as a share of the height."""
+    erase: float = 0.5
+    """Probability that a random rectangle is erased (2-40 % of the area)."""
+
+
+@dataclass(frozen=True)
+class WarmStartConfig:
+    """Label-free start from random weights: each picture is its own class."""
+
+    epochs: int = 8
+    """Length, in epochs; 0 switches the warm start off."""
+    iterations: int = 50
+    """Batches in an epoch."""
+    images: int = 32
+    """Different pictures in a batch; each is seen twice, augmented differently."""
+    lr: float = 2e-3
+    """Learning rate of Adam."""
+    temperature: float = 0.1
+    """Temperature of the softmax over the batch."""
+    jitter: float = 0.4
+    """Strength of the colour jitter (brightness, contrast, saturation, tint)."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Adam and its schedule. Epochs are given as shares of the whole length."""
+
+    lr: float = 3.5e-4
+    """Learning rate after warm-up."""
+    weight_decay: float = 5e-4
+    """L2 penalty, coupled as in Adam."""
+    warmup: float = 0.2
+    """Share of the epochs in which the rate rises linearly from 0.01 of its value."""
+    milestones: tuple[float, ...] = (0.4, 0.8)
+    """Shares of the epochs after which the rate is divided by ten."""
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """A batch: some proxies, some pictures of each."""
+
+    proxies: int = 8
+    """Proxies in a batch."""
+    images: int = 4
+    """Pictures of each proxy."""
+
+
+@dataclass(frozen=True)
+class ClusteringConfig:
+    """k-reciprocal Jaccard distance and DBSCAN."""
+
+    k1: int = 20
+    """Neighbours of the k-reciprocal sets."""
+    k2: int = 6
+    """Neighbours averaged in the local query expansion."""
+    eps: float = 0.5
+    """Largest distance of two neighbours in DBSCAN."""
+    min_samples: int = 4
+    """Neighbours (the picture included) that make a core picture."""
+    search: Literal["torch", "faiss"] = "torch"
+    """What finds the neighbours; both are exact."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The proxy memory and the two association losses."""
+
+    temperature: float = 0.07
+    """Temperature of every softmax over proxies."""
+    momentum: float = 0.2
+    """Share of the old memory entry that an update keeps."""
+    negatives: int = 50
+    """Hardest other proxies in the denominator."""
+    positives: int = 3
+    """Positives that online association picks, one a camera."""
+    balance: float = 0.15
+    """Weight of the picture, against its proxy, when online positives are picked."""
+    reduction: Reduction = "camera_sum"
+    """Sum over cameras of each camera's mean (the public code's), or plain mean."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train on several cameras' pictures without identity labels."""
+
+    preset: str = "synthetic"
+    """The named group of settings that all others start from."""
+    dataset: str = "synthetic"
+    """synthetic, synthetic-vehicles, market1501, dukemtmcreid, msmt17, veri776,
+    manifest (a CSV file) or folders (one folder a camera)."""
+    root: Path | None = None
+    """Where the data set lies; for a manifest, the CSV file."""
+    output: Path | None = None
+    """Run directory; by default a folder under runs/ named after the settings."""
+    method: Method = "both"
+    """Which losses: cluster-level baseline, intra-camera, offline, online, or both."""
+    seed: int = 0
+    """Seed of everything random, of the embedded data set too."""
+    epochs: int = 50
+    """Epochs: each extracts, clusters, splits by camera and trains."""
+    iterations: int = 400
+    """Batches in an epoch."""
+    backbone: str = "resnet50"
+    """tiny_resnet, resnet50_ibn_a, or any torchvision classification model."""
+    weights: str = "torchvision"
+    """torchvision (its own, downloaded), none (then with a warm start), or a file."""
+    height: int = 256
+    """Height of the network's input, in pixels."""
+    width: int = 128
+    """Width of the network's input, in pixels."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    workers: int = 0
+    """Threads that decode pictures; 0: one a core. Never changes a result."""
+    threads: int = 0
+    """Threads of the arithmetic on the CPU; 0: chosen by the program."""
+    precision: Precision = "auto"
+    """Mixed precision; auto: bf16 where the hardware has it, else off."""
+    deterministic: bool = False
+    """On a GPU, only deterministic kernels (slower); on the CPU all of ours are."""
+    evaluate_every: int = 5
+    """Evaluate after every so many epochs, and after the last."""
+    skip_unreadable: bool = False
+    """Leave unreadable pictures out, with a warning, instead of stopping."""
+    strict: bool = False
+    """Stop when a benchmark's counts differ from the published ones."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    clustering: ClusteringConfig = field(default_factory=ClusteringConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+
+    def __post_init__(self) -> None:
+        """Refuse values with which a run cannot work (InputError names the option)."""
+        at_least = {
+            "epochs": (self.epochs, 1),
+            "iterations": (self.iterations, 1),
+            "height": (self.height, 16),
+            "width": (self.width, 16),
+            "workers": (self.workers, 0),
+            "threads": (self.threads, 0),
+            "evaluate-every": (self.evaluate_every, 1),
+            "warm-start.epochs": (self.warm_start.epochs, 0),
+            "warm-start.iterations": (self.warm_start.iterations, 1),
+            "warm-start.images": (self.warm_start.images, 2),
+            "batch.proxies": (self.batch.proxies, 1),
+            "batch.images": (self.batch.images, 1),
+            "clustering.k1": (self.clustering.k1, 1),
+            "clustering.k2": (self.clustering.k2, 1),
+            "clustering.min-samples": (self.clustering.min_samples, 1),
+            "loss.negatives": (self.loss.negatives, 0),
+            "loss.positives": (self.loss.positives, 1),
+        }
+        for name, (value, least) in at_least.items():
+            if value < least:
+                raise InputError(f"--{name} is {value}; it must be at least {least}.")
+        if self.batch.proxies * self.batch.images < 2:
+            raise InputError(
+                "--batch.proxies times --batch.images is 1; batch normalisation "
+                "needs at least 2 pictures in a batch."
+            )
+        within = {
+            "augment.flip": (self.augment.flip, 0.0, 1.0),
+            "augment.pad": (self.augment.pad, 0.0, 0.5),
+            "augment.erase": (self.augment.erase, 0.0, 1.0),
+            "loss.momentum": (self.loss.momentum, 0.0, 1.0),
+            "loss.balance": (self.loss.balance, 0.0, 1.0),
+            "clustering.eps": (self.clustering.eps, 0.0, 1.0),
+            "optim.warmup": (self.optim.warmup, 0.0, 1.0),
+            "optim.weight-decay": (self.optim.weight_decay, 0.0, 1.0),
+            "warm-start.jitter": (self.warm_start.jitter, 0.0, 1.0),
+        }
+        for name, (number, low, high) in within.items():
+            if not low <= number <= high:
+                raise InputError(
+                    f"--{name} is {number}; it must lie between {low:g} and {high:g}."
+                )
+        positive = {
+            "loss.temperature": self.loss.temperature,
+            "warm-start.temperature": self.warm_start.temperature,
+            "optim.lr": self.optim.lr,
+            "warm-start.lr": self.warm_start.lr,
+        }
+        for name, number in positive.items():
+            if not 0 < number < float("inf"):
+                raise InputError(f"--{name} is {number}; it must be above 0.")
+        if not 0 <= self.seed < 2**31:
+            raise InputError(f"--seed is {self.seed}; it must be 0 or above.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all settings as plain YAML/JSON values."""
+        return json.loads(json.dumps(asdict(self), default=str))
+
+    def hash(self) -> str:
+        """Return 8 hex digits over every setting that can change a result."""
+        plain = {k: v for k, v in self.to_dict().items() if k not in NO_INFLUENCE}
+        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[
+            :8
+        ]
+
+    def directory(self) -> Path:
+        """Return the run directory: `output`, or one named after the settings."""
+        name = f"{self.dataset}-{self.method}-seed{self.seed}-{self.hash()}"
+        return self.output or Path("runs") / name
+
+
+# What a resumed run may change: where and how fast it goes, not what it computes
+# (another device or number of threads rounds differently, no more).
+NO_INFLUENCE = ("preset", "output", "device", "workers", "threads", "evaluate_every")
+
+_EMBEDDED = Config(
+    preset="synthetic",
+    backbone="tiny_resnet",
+    weights="none",
+    height=64,
+    width=32,
+    epochs=10,
+    iterations=50,
+    clustering=ClusteringConfig(k1=15, k2=4),
+    optim=OptimConfig(lr=1e-3, milestones=(0.8,)),
+)
+
+PRESETS: dict[str, Config] = {
+    # seconds: for tests and a first look
+    "smoke": replace(
+        _EMBEDDED,
+        preset="smoke",
+        epochs=4,
+        iterations=20,
+        warm_start=WarmStartConfig(epochs=4, iterations=20),
+        synthetic=SyntheticConfig(identities=24, test_identities=12, cameras=4),
+    ),
+    # the book's: the paper's effect in minutes on a laptop
+    "synthetic": _EMBEDDED,
+    "synthetic-vehicles": replace(
+        _EMBEDDED,
+        preset="synthetic-vehicles",
+        dataset="synthetic-vehicles",
+        width=64,
+        synthetic=SyntheticConfig(kind="vehicle"),
+    ),
+    # the paper's
+    "market1501": Config(preset="market1501", dataset="market1501"),
+    "dukemtmcreid": Config(preset="dukemtmcreid", dataset="dukemtmcreid"),
+    "msmt17": Config(preset="msmt17", dataset="msmt17"),
+    "veri776": Config(preset="veri776", dataset="veri776", height=256, width=256),
+    # the paper's, for the person's own pictures (manifest or folders)
+    "own": Config(preset="own", dataset="manifest"),
+}
+
+
+def preset(name: str, **changes: Any) -> Config:
+    """Return the settings called `name`, with top-level fields changed.
+
+    Raises
+    ------
+    InputError
+        When no preset has that name, or a value cannot work.
+    """
+    if name not in PRESETS:
+        raise InputError(unknown("The preset", name, PRESETS))
+    return replace(PRESETS[name], **changes)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """The two options that decide from where all others start."""
+
+    preset: str | None = None
+    dataset: str | None = None
+
+
+STYLE = (tyro.conf.FlagConversionOff, tyro.conf.OmitSubcommandPrefixes)
+
+
+def starting_point(args: Sequence[str]) -> Config:
+    """Return the settings that the options of `args` change.
+
+    Those of `--preset`; without it, of the preset with the data set's name, or of
+    ``own`` for a manifest or folders.
+    """
+    start, _ = tyro.cli(_Start, args=args, add_help=False, return_unknown_args=True)
+    name = start.preset or start.dataset or "synthetic"
+    if start.preset is None and name not in PRESETS:
+        name = "own"
+    return preset(name)
+
+
+def parse(args: Sequence[str]) -> Config:
+    """Return the settings that command-line options describe.
+
+    Ends the program with code 2 on an unknown option or an unreadable value, as tyro
+    does, having printed the nearest name.
+    """
+    return tyro.cli(Config, args=args, default=starting_point(args), config=STYLE)
+
+
+def load(path: Path) -> Config:
+    """Return the settings that a run wrote to its ``config.yaml``.
+
+    Raises
+    ------
+    InputError
+        When the file cannot be read, or holds a name or value that is no setting.
+    """
+    try:
+        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path} cannot be read as settings: {error}") from error
+    if not isinstance(plain, dict):
+        raise InputError(f"{path} holds no settings; is it the config.yaml of a run?")
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(Config, args=list(_as_options(plain)), config=STYLE)
+    except SystemExit as error:
+        text = re.sub(r"[^\w\s.,:;'\"()=/-]|[─│╭╮╰╯]", " ", said.getvalue())
+        raise InputError(f"{path}: {' '.join(text.split())}") from error
+
+
+def _as_options(plain: Mapping[str, Any], prefix: str = "--") -> Iterator[str]:
+    for name, value in plain.items():
+        if isinstance(value, Mapping):
+            yield from _as_options(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+            yield from map(str, value if isinstance(value, list) else [value])

@@ -1,0 +1,91 @@
+"""Data sets: where pictures come from, by name."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from o2cap.data.benchmarks import READERS, read_dataset
+from o2cap.data.images import ImageSet, ReIDDataset
+from o2cap.errors import InputError, unknown
+
+__all__ = ["ImageSet", "ReIDDataset", "load_dataset"]
+
+logger = logging.getLogger("o2cap")
+
+# The embedded data sets: what they render, and the size they are rendered at.
+EMBEDDED = {"synthetic": ("person", 64, 32), "synthetic-vehicles": ("vehicle", 64, 64)}
+
+
+def load_dataset(
+    name: str, root: Path | None = None, *, strict: bool = False, **options: Any
+) -> ReIDDataset:
+    """Load a data set by its name.
+
+    Parameters
+    ----------
+    name : str
+        synthetic or synthetic-vehicles (rendered), market1501, dukemtmcreid, msmt17,
+        veri776, manifest (a CSV file) or folders (one folder a camera).
+    root : Path, optional
+        Where the data lie; for manifest, the CSV file. The rendered sets take none.
+    strict : bool
+        Whether a count of images, identities or cameras that differs from the
+        published one is an error; it is a warning otherwise.
+    **options
+        For msmt17 `val` (bool, True): train on the pictures of list_val.txt too. For
+        the rendered sets the fields of `SyntheticConfig`, and `height`, `width`,
+        `workers` and `cache` of `render_dataset`.
+
+    Returns
+    -------
+    ReIDDataset
+        `query` and `gallery` are empty where the data have none.
+
+    Raises
+    ------
+    InputError
+        When the name or an option is unknown, `root` does not hold the layout, files
+        are missing or misnamed, or counts differ under `strict`.
+    """
+    if name in EMBEDDED:
+        return _render(name, root, options)
+    if name not in READERS:
+        raise InputError(unknown("The data set", name, [*EMBEDDED, *READERS]))
+    reading = read_dataset(name, root, **options)
+    if reading.problems:
+        more = len(reading.problems) - 1
+        rest = f" There are {more} more problems: o2cap data verify." if more else ""
+        raise InputError(reading.problems[0] + rest)
+    for note in reading.notes:
+        logger.warning("%s", note)
+    if differences := reading.differences():
+        sentence = (
+            f"{name} in {root} is not as published: {'; '.join(differences)}. "
+            "Results cannot be compared with published ones."
+        )
+        if strict:
+            raise InputError(sentence)
+        logger.warning("%s", sentence)
+    return reading.dataset
+
+
+def _render(name: str, root: Path | None, options: dict[str, Any]) -> ReIDDataset:
+    kind, height, width = EMBEDDED[name]
+    if root is not None:
+        raise InputError(
+            f"The data set {name} is rendered, not read: leave --root out."
+        )
+    # Here, because the renderer compiles kernels that real data never need.
+    from o2cap.data.synthetic import SyntheticConfig, render_dataset
+
+    size = {"height": height, "width": width}
+    known = [field.name for field in fields(SyntheticConfig)]
+    how = {k: options.pop(k) for k in (*size, "workers", "cache") if k in options}
+    for option in options:
+        if option not in known:
+            raise InputError(unknown(f"The option of {name}", option, known))
+    config = SyntheticConfig(**(options | {"kind": kind}))
+    return render_dataset(config, **(size | how))

@@ -1,0 +1,136 @@
+"""The two records that carry pictures through the package: ImageSet and ReIDDataset."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file name is a picture's: known suffix, not hidden.
+
+    Thumbs.db fails the first test, .DS_Store and the ._ doubles of macOS the second.
+    """
+    return name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith(".")
+
+
+def list_pictures(folder: Path) -> list[Path]:
+    """Return the pictures in `folder` and below, sorted by path.
+
+    Hidden folders and links to folders are not entered.
+    """
+    found = []
+    for where, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(where, name) for name in names if is_picture(name)]
+    return sorted(found)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Pictures and what is known of each: columns of equal length N.
+
+    Parameters
+    ----------
+    paths : sequence of Path
+        One file a picture.
+    camids : LongTensor [N]
+        The camera of each picture.
+    pids : LongTensor [N] or None
+        The identity of each picture, −1 where unknown; None when no identity is
+        known. For evaluation and diagnosis only: training is handed sets that
+        went through :meth:`without_identities`.
+
+    Raises
+    ------
+    ValueError
+        When the columns differ in length or are not int64.
+    """
+
+    paths: Sequence[Path]
+    camids: Tensor
+    pids: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name, column in (("camids", self.camids), ("pids", self.pids)):
+            if column is None:
+                continue
+            if column.dtype != torch.int64 or column.shape != (len(self.paths),):
+                raise ValueError(
+                    f"{name} must be int64 of shape [{len(self.paths)}], "
+                    f"not {column.dtype} {list(column.shape)}"
+                )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def without_identities(self) -> ImageSet:
+        """Return the same pictures with no identity column: what training sees."""
+        return replace(self, pids=None)
+
+    def select(self, index: Tensor) -> ImageSet:
+        """Return the pictures at `index` (LongTensor [M] or boolean mask [N])."""
+        if index.dtype == torch.bool:
+            index = index.nonzero().flatten()
+        return ImageSet(
+            paths=[self.paths[i] for i in index.tolist()],
+            camids=self.camids[index],
+            pids=None if self.pids is None else self.pids[index],
+        )
+
+
+@dataclass(frozen=True)
+class ReIDDataset:
+    """A data set: pictures to train on, and a query and a gallery to evaluate with.
+
+    `query` and `gallery` are empty when there is nothing to evaluate with.
+    """
+
+    name: str
+    train: ImageSet
+    query: ImageSet
+    gallery: ImageSet
+
+    def splits(self) -> dict[str, ImageSet]:
+        """Return the three parts by name: train, query, gallery."""
+        return {"train": self.train, "query": self.query, "gallery": self.gallery}
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Return, for each split, its numbers of images, identities and cameras.
+
+        Unknown identities (−1) are not counted; 0 identities means unknown.
+        """
+        table = {}
+        for split, images in self.splits().items():
+            known = images.pids[images.pids >= 0] if images.pids is not None else None
+            table[split] = {
+                "images": len(images),
+                "identities": 0 if known is None else int(known.unique().numel()),
+                "cameras": int(images.camids.unique().numel()),
+            }
+        return table
+
+    def fingerprint(self) -> str:
+        """Return a hash of the file names, sizes, cameras and identities.
+
+        Two runs with the same fingerprint saw the same pictures, wherever these
+        lie: only the last two parts of a path enter, not the folder above.
+        """
+        digest = hashlib.sha256()
+        for split, images in self.splits().items():
+            digest.update(split.encode())
+            for path in images.paths:
+                name = "/".join(path.parts[-2:])
+                digest.update(f"{name}:{path.stat().st_size}\n".encode())
+            digest.update(images.camids.numpy().tobytes())
+            if images.pids is not None:
+                digest.update(images.pids.numpy().tobytes())
+        return digest.hexdigest()[:16]

@@ -1,0 +1,77 @@
+"""Features of pictures: evaluation mode, no random changes."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from o2cap.backbone import ReIDModel
+from o2cap.data.images import ImageSet
+from o2cap.data.loading import decode, normalise
+
+
+def autocast(
+    device: torch.device, precision: Literal["bf16", "fp16", "off"]
+) -> contextlib.AbstractContextManager[object]:
+    """Return the context in which the network runs at `precision`."""
+    if precision == "off":
+        return contextlib.nullcontext()
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+    return torch.autocast(device.type, dtype=dtype)
+
+
+@torch.no_grad()
+def extract(
+    model: ReIDModel,
+    images: ImageSet | Tensor,
+    *,
+    height: int,
+    width: int,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+    precision: Literal["bf16", "fp16", "off"] = "off",
+    workers: int = 0,
+    progress: bool = False,
+) -> Tensor:
+    """Return the L2-normalised feature of every picture, FloatTensor [N, D].
+
+    Parameters
+    ----------
+    model : ReIDModel
+        On `device`; its training or evaluation mode is restored afterwards.
+    images : ImageSet or uint8 Tensor [N, height, width, 3]
+        Pictures, or pictures already decoded by :func:`o2cap.data.loading.decode`.
+    height, width : int
+        Input size in pixels.
+    batch_size : int
+        Pictures at a time.
+    device : torch.device or str
+        Where the network runs, and where the features are returned.
+    precision : str
+        Mixed precision of the network; the features are float32 in any case.
+    workers : int
+        Threads that decode.
+    progress : bool
+        Draw a progress bar, on a terminal only.
+    """
+    device = torch.device(device)
+    if isinstance(images, ImageSet):
+        images, _ = decode(images, height, width, workers=workers)
+    features = torch.empty(len(images), model.dim, device=device)
+    was_training = model.training
+    model.eval()
+    starts = range(0, len(images), batch_size)
+    # disable=None: no bar where the output is a file
+    for start in tqdm(
+        starts, "extract", leave=False, disable=None if progress else True
+    ):
+        pixels = images[start : start + batch_size].to(device)
+        with autocast(device, precision):
+            found = model(normalise(pixels))
+        features[start : start + batch_size] = found
+    model.train(was_training)
+    return features

@@ -1,0 +1,157 @@
+"""The chapters run, and the machinery that runs them tells when they do not."""
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
+PARAMETERS = 'profile = "cpu"\ndataset = ""\nroot = ""\nseed = 0\noutput = ""'
+
+
+@pytest.fixture(scope="module")
+def build() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("build", ROOT / "book/build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_notebook(path: Path, *code: str, parameters: str = PARAMETERS) -> Path:
+    first = new_code_cell(parameters, metadata={"tags": ["parameters"]})
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    cells = [first, *map(new_code_cell, code)]
+    notebook = new_notebook(cells=cells, metadata={"kernelspec": kernel})
+    nbformat.write(notebook, path)
+    return path
+
+
+def alt_of_glued(name: str) -> bool:
+    """Whether some page shows a glued figure, with alt text."""
+    sources = [p.read_text() for p in (ROOT / "book").glob("*.md")]
+    for path in NOTEBOOKS:
+        cells = nbformat.read(path, as_version=4).cells
+        sources += [c.source for c in cells if c.cell_type == "markdown"]
+    figure = re.compile(
+        rf"\{{glue:figure\}} *{re.escape(name)}\s*\n(?:.*\n)*?:alt: *\S", re.MULTILINE
+    )
+    return any(figure.search(text) for text in sources)
+
+
+def test_there_are_chapters() -> None:
+    assert NOTEBOOKS
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_chapter_runs_in_the_smoke_profile(
+    path: Path, build: ModuleType, tmp_path: Path
+) -> None:
+    build.execute(path, tmp_path, {"profile": "smoke"})
+    executed = nbformat.read(tmp_path / path.name, as_version=4)
+    printed = 0
+    for cell in executed.cells:
+        for output in cell.get("outputs", []):
+            assert output.output_type != "error", output.get("evalue")
+            if output.output_type == "stream":
+                printed += len(output.text)
+            if any(kind.startswith("image/") for kind in output.get("data", {})):
+                alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
+                assert alt.strip(), f"the figure of cell {cell.id} has no alt text"
+            if glued := output.get("metadata", {}).get("scrapbook"):
+                kinds = " ".join(output.data)
+                if "image/" in kinds:
+                    assert alt_of_glued(glued["name"]), f"{glued['name']}: no alt"
+    assert printed < 20_000, "the saved outputs are flooded, by a progress bar?"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_chapter_refuses_an_unknown_parameter(
+    path: Path, build: ModuleType, tmp_path: Path
+) -> None:
+    with pytest.raises(build.BookError, match=r"no parameter sede; it has .*seed"):
+        build.execute(path, tmp_path, {"profile": "smoke", "sede": "1"})
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_parameter_is_named(build: ModuleType, tmp_path: Path) -> None:
+    path = write_notebook(tmp_path / "a.ipynb", parameters='profile = "cpu"\nseed = 0')
+    with pytest.raises(build.BookError, match="must assign dataset, output, root"):
+        build.check_parameters(path, {})
+
+
+def test_copy_is_reused_only_while_nothing_changes(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import pathlib, sys\npath = pathlib.Path(output, 'run.txt')\n"
+    code += "path.write_text(sys.prefix + profile)"
+    path = write_notebook(tmp_path / "a.ipynb", code)
+    executed = tmp_path / "executed"
+    earlier = executed / "a" / "earlier-run"
+    earlier.mkdir(parents=True)
+    build.execute(path, executed, {"profile": "smoke"}, "package")
+    assert not earlier.exists(), "an earlier run could have been resumed"
+    # By the interpreter that runs the tests, whatever kernels the person has.
+    assert (executed / "a" / "run.txt").read_text() == sys.prefix + "smoke"
+    assert str(tmp_path) not in nbformat.read(executed / "a.ipynb", 4).cells[1].source
+    stamp = executed / "a.json"
+    finished = stamp.read_text()
+    assert json.loads(finished)["memory"] > 0
+
+    class RanAgainError(Exception):
+        pass
+
+    def popen(*args: object, **kwargs: object) -> None:
+        raise RanAgainError
+
+    monkeypatch.setattr(build.subprocess, "Popen", popen)
+    build.execute(path, executed, {"profile": "smoke"}, "package")
+    for profile, sources in [("cpu", "package"), ("smoke", "changed package")]:
+        stamp.write_text(finished)
+        with pytest.raises(RanAgainError):
+            build.execute(path, executed, {"profile": profile}, sources)
+    write_notebook(path, code + "\n")
+    stamp.write_text(finished)
+    with pytest.raises(RanAgainError):
+        build.execute(path, executed, {"profile": "smoke"}, "package")
+    assert not stamp.exists(), "an interrupted execution must not count as finished"
+
+
+def test_failing_notebook_is_kept_and_named(build: ModuleType, tmp_path: Path) -> None:
+    path = write_notebook(tmp_path / "bad.ipynb", "print('before')", "1 / 0")
+    executed = tmp_path / "executed"
+    with pytest.raises(build.BookError, match=r"executed/bad\.ipynb"):
+        build.execute(path, executed, {"profile": "smoke"})
+    assert not (executed / "bad.json").exists(), "taken for a finished copy"
+    copy = nbformat.read(executed / "bad.ipynb", as_version=4)
+    errors = [o for c in copy.cells for o in c.get("outputs", []) if "ename" in o]
+    assert [error.ename for error in errors] == ["ZeroDivisionError"]
+
+
+def test_digest_sees_names_and_contents(build: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("1")
+    seen = {build.digest(tmp_path)}
+    (tmp_path / "a").write_text("2")
+    seen.add(build.digest(tmp_path))
+    (tmp_path / "a").rename(tmp_path / "b")
+    seen.add(build.digest(tmp_path))
+    assert len(seen) == 3
+    assert build.digest("ab", "c") != build.digest("a", "bc")
+
+
+def test_outside_requests_are_found(build: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(
+        '<a href="https://a.example"></a><script async src="https://b.example/x.js">'
+        '</script><link rel="canonical" href="https://c.example">'
+        '<img src="//d.example/p.png"><img src="_images/own.png">'
+    )
+    assert build.outside_requests(tmp_path) == [
+        "//d.example/p.png",
+        "https://b.example/x.js",
+    ]

@@ -1,0 +1,211 @@
+"""The project's files agree with one another."""
+
+import re
+import subprocess
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+import o2cap
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
+TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def requirements() -> dict[str, Requirement]:
+    """All of pyproject's, of every extra, by normalised name."""
+    lines = list(PROJECT["dependencies"])
+    for extra in PROJECT["optional-dependencies"].values():
+        lines += extra
+    found: dict[str, Requirement] = {}
+    for line in lines:
+        one = Requirement(line)
+        name = one.name.lower().replace("_", "-")
+        assert found.get(name, one) == one, f"{name} has two different specifiers"
+        found[name] = one
+    return found
+
+
+def tracked() -> list[Path]:
+    """Text files that are, or are about to be, committed; all files without git."""
+    git = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        done = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True)
+        files = [ROOT / name for name in done.stdout.split("\0") if name]
+    except (OSError, subprocess.CalledProcessError):
+        made = re.compile(r"\.(?!ci|github)|_build|__pycache__|.*\.egg-info|runs|data$")
+        files = []
+        for top in ROOT.iterdir():
+            if not made.match(top.name):
+                files += [top, *top.rglob("*")]
+        files = [p for p in files if "__pycache__" not in p.parts]
+    binary = {".png", ".jpg", ".gif", ".npz"}
+    return [p for p in files if p.is_file() and p.suffix not in binary]
+
+
+def test_lock_satisfies_every_requirement_with_hashes() -> None:
+    text = (ROOT / "requirements.lock").read_text()
+    blocks = re.split(r"\n(?=[a-zA-Z0-9])", text)
+    pins: dict[str, list[tuple[str, str]]] = {}
+    for block in blocks:
+        head = block.split(" \\")[0]
+        name, pinned, marker = re.fullmatch(
+            r"([\w.-]+)(?:\[[^]]*\])?==([^ ;]+)(?: ; (.*))?", head
+        ).groups()
+        assert "--hash=sha256:" in block, f"{name} has no hash"
+        pins.setdefault(name, []).append((pinned, marker or ""))
+    for name, wanted in requirements().items():
+        assert name in pins, f"{name} is not in the lock: run 'make lock'"
+        for pinned, _ in pins[name]:
+            assert wanted.specifier.contains(pinned), (
+                f"{wanted}, but {pinned} is locked"
+            )
+
+
+def test_lock_names_no_registry() -> None:
+    text = (ROOT / "requirements.lock").read_text()
+    assert "://" not in text
+    assert not re.search(r"^--?(index|extra-index|find-links|i|f)", text, re.MULTILINE)
+
+
+def test_conda_environment_is_in_step() -> None:
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    *conda, last = environment["dependencies"]
+    assert f"python{PROJECT['requires-python']}" in conda
+    lines = [line for line in last["pip"] if not line.startswith("--")]
+    listed = {r.name.lower(): r for r in map(Requirement, lines)}
+    wanted = {r.name.lower(): r for r in requirements().values()}
+    assert listed == wanted
+    assert len(lines) == len(listed), "a name is listed twice"
+
+
+def test_python_range_is_the_same_everywhere() -> None:
+    supported = SpecifierSet(PROJECT["requires-python"])
+    assert default_environment()["python_full_version"] in supported
+    matrix = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text())
+    versions = matrix["jobs"]["test"]["strategy"]["matrix"]["python"]
+    assert versions == [
+        v for v in ("3.10", "3.11", "3.12", "3.13", "3.14") if v in supported
+    ]
+
+
+def test_every_dependency_has_its_reason() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    for name, requirement in requirements().items():
+        lines = re.findall(rf'^  "{re.escape(requirement.name)}[^a-z-].*$', text, re.M)
+        assert lines, name
+        assert all(re.search(r'",? *# \w+', line) for line in lines), lines
+
+
+def test_citation_names_this_version_and_the_paper() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == PROJECT["version"] == version("o2cap")
+    assert o2cap.__version__ == PROJECT["version"]
+    assert citation["license"] == PROJECT["license"]
+    paper = citation["preferred-citation"]
+    assert paper["identifiers"][0]["value"] == "arXiv:2201.05820"
+    assert f"## {PROJECT['version']}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_workflows_are_valid_and_use_existing_commands() -> None:
+    workflows = sorted((ROOT / ".github/workflows").glob("*.yml"))
+    assert workflows
+    for file in workflows:
+        workflow = yaml.safe_load(file.read_text())
+        # YAML 1.1 reads the key `on` as true.
+        assert {"name", True, "permissions", "jobs"} <= set(workflow), file.name
+        for job in workflow["jobs"].values():
+            assert job["runs-on"]
+            for step in job["steps"]:
+                assert ("uses" in step) != ("run" in step), step
+                for target in re.findall(r"\bmake ([a-z]+)", step.get("run", "")):
+                    assert target in TARGETS
+
+
+def test_continuous_integration_runs_make_test() -> None:
+    script = ROOT / ".ci/run"
+    assert script.stat().st_mode & 0o111, ".ci/run is not executable"
+    assert re.search(r"^(exec )?make test$", script.read_text(), re.MULTILINE)
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    subprocess.run(["bash", "-n", str(ROOT / ".ci/setup")], check=True)
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "book/index.md"])
+def test_documents_name_existing_targets(name: str) -> None:
+    text = (ROOT / name).read_text()
+    pieces = re.findall(r"```bash\n(.*?)```|`([^`\n]+)`", text, re.DOTALL)
+    code = "\n".join(block or inline for block, inline in pieces)
+    used = set(re.findall(r"\bmake ([a-z]+)", code))
+    assert used, "names no command"
+    assert used <= TARGETS
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    for page in ROOT.glob("*.md"):
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            if "://" not in link:
+                assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_make_help_lists_every_target() -> None:
+    shown = subprocess.run(
+        ["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert set(re.findall(r"^  make ([a-z]+) +[a-z]", shown, re.MULTILINE)) == TARGETS
+
+
+def test_table_of_contents_lists_every_page() -> None:
+    toc = (ROOT / "_toc.yml").read_text()
+    listed = set(re.findall(r"(?:file|root): (\S+)", toc))
+    pages = {f"book/{p.stem}" for p in (*NOTEBOOKS, *(ROOT / "book").glob("*.md"))}
+    assert pages <= listed
+    made = {"book/status"}  # written by book/build.py
+    for name in listed - made:
+        assert any((ROOT / f"{name}{s}").exists() for s in (".md", ".ipynb")), name
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_are_committed_clean(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=nbformat.NO_CONVERT)
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) >= (4, 5), "cells have no ids"
+    ids = [cell.id for cell in notebook.cells]
+    assert len(set(ids)) == len(ids)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == [], f"cell {cell.id} has outputs"
+            assert cell.execution_count is None, f"cell {cell.id} has a count"
+    assert notebook.metadata.kernelspec.name == "python3"
+
+
+def test_repository_address_has_one_home() -> None:
+    home = PROJECT["urls"]["Repository"].removeprefix("https://github.com/")
+    other = []
+    for file in tracked():
+        text = file.read_text(errors="replace")
+        # Links to Colab carry it as /github/<owner>/<name>.
+        for found in re.findall(r"github(?:\.com)?/([\w-]+/o2cap[\w-]*)", text):
+            if found != home:
+                other.append(f"{file.name}: {found}")
+    assert not other
+
+
+def test_no_path_of_one_machine() -> None:
+    local = re.compile(
+        r"(?<![\w.~/$}-])/(?:home|Users|root|work|mnt|media)/\w|[A-Z]:\\\\?Users"
+    )
+    found = []
+    for file in tracked():
+        for line in file.read_text(errors="replace").splitlines():
+            if local.search(line):
+                found.append(f"{file.relative_to(ROOT)}: {line.strip()[:80]}")
+    assert not found
