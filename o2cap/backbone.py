@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from http.client import HTTPException
 from pathlib import Path
-from typing import Literal
+from pickle import UnpicklingError
+from typing import Any, Literal
 
 import torch
 import torchvision
@@ -14,8 +17,26 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from o2cap.errors import InputError, unknown
 
-_CLASSIFIERS = ("fc", "classifier", "heads", "head")
+# Parts of torchvision's models that a backbone does without.
+_CLASSIFIERS = ("fc", "classifier", "heads", "head", "AuxLogits", "aux1", "aux2")
 _OWN = ("tiny_resnet", "resnet50_ibn_a", "resnet101_ibn_a")
+
+# Their auxiliary classifiers are left out as the main one is, with its dropout, and
+# their weights expect colours in −1..1.
+_INCEPTION: dict[str, Any] = {
+    "aux_logits": False,
+    "transform_input": True,
+    "init_weights": True,
+    "dropout": 0.0,
+}
+_OPTIONS = {"googlenet": _INCEPTION, "inception_v3": _INCEPTION}
+
+# Names in torchvision's older weight files, which its own loaders translate too.
+_RENAMED = (
+    (re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)"), r"\1\2"),
+    (re.compile(r"(\.mlp)\.linear_1\."), r"\1.0."),
+    (re.compile(r"(\.mlp)\.linear_2\."), r"\1.3."),
+)
 
 
 class GeM(nn.Module):
@@ -52,19 +73,18 @@ class IBN(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.half = channels // 2
-        self.IN = nn.InstanceNorm2d(self.half, affine=True)
-        self.BN = nn.BatchNorm2d(channels - self.half)
+        self.IN = nn.InstanceNorm2d(channels // 2, affine=True)
+        self.BN = nn.BatchNorm2d(channels - channels // 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        first, second = x.split([self.half, x.shape[1] - self.half], dim=1)
+        first, second = x.split([self.IN.num_features, self.BN.num_features], dim=1)
         return torch.cat([self.IN(first), self.BN(second)], dim=1)
 
 
 class TinyResNet(nn.Module):
     """The embedded set's backbone: a stride-2 stem and three basic blocks.
 
-    Maps [B, 3, H, W] to [B, 96, H/8, W/8]; about 0.3 million parameters.
+    Maps [B, 3, H, W] to [B, 96, H/8, W/8]; 173,304 parameters.
     """
 
     def __init__(self) -> None:
@@ -187,7 +207,7 @@ def _network(name: str) -> nn.Module:
         return network
     if name not in known:
         raise InputError(unknown("The backbone", name, [*_OWN, *known]))
-    return torchvision.models.get_model(name, weights=None)
+    return torchvision.models.get_model(name, weights=None, **_OPTIONS.get(name, {}))
 
 
 def _without_classifier(network: nn.Module) -> nn.Module:
@@ -207,6 +227,7 @@ def _without_classifier(network: nn.Module) -> nn.Module:
     return network
 
 
+@torch.no_grad()
 def _load_weights(network: nn.Module, backbone: str, weights: str) -> None:
     if weights == "none":
         return
@@ -214,28 +235,34 @@ def _load_weights(network: nn.Module, backbone: str, weights: str) -> None:
         state = _download(backbone)
     else:
         state = read_state_dict(Path(weights))
-    mine = network.state_dict()
-    other = [k for k in state if k not in mine and k.split(".")[0] not in _CLASSIFIERS]
-    lacks = [k for k in mine if k not in state and k.split(".")[0] not in _CLASSIFIERS]
+    for pattern, name in _RENAMED:
+        state = {pattern.sub(name, k): v for k, v in state.items()}
+    state = {k: v for k, v in state.items() if k.split(".")[0] not in _CLASSIFIERS}
+    mine = {
+        k: v
+        for k, v in network.state_dict().items()
+        if k.split(".")[0] not in _CLASSIFIERS
+    }
     # BN counters are no weights; files made long ago do not have them.
-    lacks = [k for k in lacks if not k.endswith("num_batches_tracked")]
-    shapes = [k for k in mine if k in state and mine[k].shape != state[k].shape]
-    shapes = [k for k in shapes if k.split(".")[0] not in _CLASSIFIERS]
+    needed = [k for k in mine if not k.endswith("num_batches_tracked")]
+    common = [k for k in mine if k in state]
     for what, names in (
-        ("has entries that the backbone does not know", other),
-        ("lacks entries of the backbone", lacks),
-        ("has entries of another shape", shapes),
+        ("has entries that the backbone does not know", [*state.keys() - mine.keys()]),
+        ("lacks entries of the backbone", [k for k in needed if k not in state]),
+        (
+            "has entries of another shape",
+            [k for k in common if mine[k].shape != state[k].shape],
+        ),
     ):
         if names:
             raise InputError(
                 f"The weights {weights} do not fit the backbone {backbone}: the file "
-                f"{what}, {len(names)} in all, the first being {names[0]}."
+                f"{what}, {len(names)} in all, for instance {min(names)}."
             )
-    for name, value in state.items():
-        if not torch.isfinite(value).all():
+    for name in common:
+        if not torch.isfinite(state[name]).all():
             raise InputError(f"The weights {weights} hold NaN or infinity in {name}.")
-    fitting = {k: v for k, v in state.items() if k.split(".")[0] not in _CLASSIFIERS}
-    network.load_state_dict(fitting, strict=False)
+        mine[name].copy_(state[name])
 
 
 def _download(backbone: str) -> dict[str, Tensor]:
@@ -245,9 +272,10 @@ def _download(backbone: str) -> dict[str, Tensor]:
             "FILE (safetensors or a state dict), or start from --weights none."
         )
     try:
-        choice = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1
-        return choice.get_state_dict(progress=True, check_hash=True)
-    except (OSError, RuntimeError) as error:
+        choices = torchvision.models.get_model_weights(backbone)
+        choice = getattr(choices, "IMAGENET1K_V1", choices.DEFAULT)
+        return choice.get_state_dict(progress=True, check_hash=True, weights_only=True)
+    except (OSError, HTTPException, RuntimeError, UnpicklingError) as error:
         raise InputError(
             f"The ImageNet weights of {backbone} cannot be downloaded ({error}); on a "
             "machine with internet fetch the file named in torchvision's model list, "
@@ -273,16 +301,19 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise InputError(f"The weights file {path} does not exist.")
+    state: Any
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        first = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        reason = str(error).partition("\n")[0][:200] or type(error).__name__
+        if isinstance(error, UnpicklingError):  # whose own text advises to trust it
+            reason = "damaged, or holds objects besides tensors, which are never loaded"
         raise InputError(
             f"The weights file {path} cannot be read as safetensors or as a plain "
-            f"state dict ({first})."
+            f"state dict ({reason})."
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):

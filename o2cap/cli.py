@@ -12,9 +12,9 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -75,7 +75,19 @@ def _commands(default: Config) -> dict[str, Callable[..., Any]]:
 
         print(run_training(config).directory)
 
-    return {"train": train, "evaluate": evaluate, "data": data}
+    return {
+        "train": train,
+        "evaluate": evaluate,
+        "embed": embed,
+        "search": search,
+        "cluster": cluster,
+        "report": report,
+        "data": data,
+    }
+
+
+_O = tyro.conf.arg(aliases=("-o",))
+Output = Annotated[Path, _O]
 
 
 def evaluate(
@@ -94,6 +106,7 @@ def evaluate(
         device: auto, cpu, cuda, mps.
         workers: Threads that decode pictures; 0 means one a core.
     """
+    from o2cap.files import read_json
     from o2cap.trainer import (
         Evaluator,
         Hardware,
@@ -113,6 +126,12 @@ def evaluate(
     hardware = Hardware.choose(config)
     with hardware.in_force(config):
         found = load_configured(config)
+        (known,) = read_json(run / "environment.json", "fingerprint")
+        if dataset is None and root is None and found.fingerprint() != known:
+            raise InputError(
+                f"{run} was trained on other pictures than its settings name now; "
+                "say what to evaluate on with --dataset and --root."
+            )
         check_parts(found)
         metrics = Evaluator(config, found, hardware).record(model.to(hardware.device))
     if not metrics:
@@ -121,6 +140,151 @@ def evaluate(
             "nothing to evaluate; give another one with --dataset and --root."
         )
     print(json.dumps(metrics))
+
+
+def embed(
+    run: tyro.conf.Positional[Path],
+    pictures: tyro.conf.Positional[tuple[Path, ...]],
+    output: Output,
+    device: str = "auto",
+    skip_unreadable: bool = False,
+) -> None:
+    """Compute features of pictures, for search and cluster. Prints the file.
+
+    Args:
+        run: Run directory.
+        pictures: Files and folders.
+        output: The .npz file to write: paths, features, camids.
+        device: auto, cpu, cuda, mps.
+        skip_unreadable: Leave unreadable pictures out, with a warning.
+    """
+    from o2cap import inference
+
+    _check_suffix(output, ".npz")
+    found = inference.embed(
+        run, pictures, device=device, skip_unreadable=skip_unreadable
+    )
+    found.save(output)
+    print(output)
+
+
+def search(
+    run: tyro.conf.Positional[Path],
+    query: tyro.conf.Positional[Path],
+    gallery: Path,
+    output: Annotated[Path | None, _O] = None,
+    top: int = 10,
+    device: str = "auto",
+    skip_unreadable: bool = False,
+) -> None:
+    """Find the pictures most like one picture. Prints the matches as JSON.
+
+    Args:
+        run: Run directory.
+        query: The picture.
+        gallery: Where to search: a folder, or the .npz file of o2cap embed.
+        output: Also draw the ranked list (.png), or write it (.json, .csv).
+        top: Matches at most.
+        device: auto, cpu, cuda, mps.
+        skip_unreadable: Leave unreadable pictures out, with a warning.
+    """
+    from o2cap import inference
+
+    if output is not None:
+        _check_suffix(output, ".png", ".json", ".csv")
+    found = inference.search(
+        run, query, gallery, top=top, device=device, skip_unreadable=skip_unreadable
+    )
+    if output is not None:
+        found.save(output)
+    matches = [asdict(match) for match in found.matches()]
+    print(json.dumps({"query": str(found.query.paths[0]), "matches": matches}))
+
+
+def cluster(
+    run: tyro.conf.Positional[Path],
+    pictures: tyro.conf.Positional[tuple[Path, ...]],
+    output: Output,
+    sheets: Path | None = None,
+    device: str = "auto",
+    skip_unreadable: bool = False,
+) -> None:
+    """Group pictures into pseudo identities. Prints the counts as JSON.
+
+    Args:
+        run: Run directory.
+        pictures: Files and folders, or one .npz file of o2cap embed.
+        output: The CSV file to write: path, camid, cluster (-1: an outlier).
+        sheets: Also draw a contact sheet per cluster, into this new folder.
+        device: auto, cpu, cuda, mps.
+        skip_unreadable: Leave unreadable pictures out, with a warning.
+    """
+    from o2cap import inference
+
+    _check_suffix(output, ".csv")
+    source = pictures[0] if len(pictures) == 1 else pictures
+    found = inference.cluster(
+        run, source, device=device, skip_unreadable=skip_unreadable
+    )
+    if sheets is not None:
+        found.save_sheets(sheets)
+    found.save(output)
+    counts = {
+        "pictures": len(found.images),
+        "clusters": int(found.clusters.max()) + 1,
+        "outliers": int((found.clusters < 0).sum()),
+    }
+    print(json.dumps(counts))
+
+
+def _check_suffix(path: Path, *suffixes: str) -> None:
+    """Refuse a file name before the work is done that it was to hold."""
+    if path.suffix.lower() not in suffixes:
+        raise InputError(f"--output {path} must end in {' or '.join(suffixes)}.")
+
+
+def report(run: tyro.conf.Positional[Path], device: str = "auto") -> None:
+    """Write one page about a run, RUN/report.html. Prints its path.
+
+    Args:
+        run: Run directory.
+        device: auto, cpu, cuda, mps.
+    """
+    from o2cap.report import report as write_report
+
+    print(write_report(run, device=device))
+
+
+def sheet(
+    name: tyro.conf.Positional[str],
+    output: Output,
+    root: Path | None = None,
+    split: Literal["train", "query", "gallery"] = "train",
+) -> None:
+    """Draw a contact sheet of a data set: a row an identity, columns by camera.
+
+    Args:
+        name: A data set, such as synthetic or market1501.
+        output: The .png file to write.
+        root: Its folder; for manifest, the CSV file.
+        split: Which part.
+    """
+    import torch
+
+    from o2cap.data import load_dataset
+    from o2cap.files import replacing
+    from o2cap.visualization import contact_sheet
+
+    _check_suffix(output, ".png")
+    images = load_dataset(name, root).splits()[split]
+    if not len(images):
+        raise InputError(f"The data set {name} has no {split} pictures.")
+    known = images.pids is not None and bool((images.pids >= 0).any())
+    rows = images.pids if known else torch.zeros(len(images), dtype=torch.int64)
+    drawn = contact_sheet(images, rows, name="identity" if known else "unknown")
+    with replacing(output) as path:
+        path.write_bytes(drawn.png())
+    print(output)
 
 
 def verify(
@@ -179,8 +343,9 @@ def export(
 def data(
     action: Annotated[
         Annotated[None, tyro.conf.subcommand("verify", constructor=verify)]
+        | Annotated[None, tyro.conf.subcommand("sheet", constructor=sheet)]
         | Annotated[None, tyro.conf.subcommand("export", constructor=export)],
         tyro.conf.arg(name=""),
     ],
 ) -> None:
-    """Verify a data set, or export the embedded one."""
+    """Verify a data set, draw a contact sheet of it, or export the embedded one."""

@@ -80,7 +80,7 @@ def jaccard_distance(
     c = (columns.indptr, columns.indices, columns.data)
     start = np.zeros(n + 1, np.int64)
     none = np.empty(0, np.int32), np.empty(0, np.float32)
-    limit = _on_grid(max_distance)
+    limit = round(max_distance * _GRID) / _GRID
     _overlap(*v, *c, limit, start, *none)  # counts, to allocate once
     np.cumsum(start, out=start)
     indices, data = np.empty(start[-1], np.int32), np.empty(start[-1], np.float32)
@@ -102,8 +102,8 @@ def dbscan(distance: csr_array, eps: float = 0.5, min_samples: int = 4) -> Tenso
     ----------
     distance : csr_array [N, N], symmetric; a missing entry is beyond ``eps``, and a
         missing diagonal is 0
-    eps : ``0 <= eps < 1``, rounded to the grid of `jaccard_distance`, and at most
-        its ``max_distance``
+    eps : ``0 <= eps < 1``, at most the ``max_distance`` of `jaccard_distance`; it is
+        compared with the distances after rounding both to multiples of 2**-21
     min_samples : at least 1
 
     Returns
@@ -117,7 +117,7 @@ def dbscan(distance: csr_array, eps: float = 0.5, min_samples: int = 4) -> Tenso
     if min_samples < 1:
         raise ValueError(f"min_samples must be at least 1, got {min_samples}")
     n = distance.shape[0]
-    entry = np.flatnonzero(distance.data <= _on_grid(eps))
+    entry = np.flatnonzero(np.rint(distance.data * _GRID) <= round(eps * _GRID))
     row = np.searchsorted(distance.indptr, entry, side="right") - 1
     column = distance.indices[entry]
     other = row != column
@@ -141,10 +141,6 @@ def dbscan(distance: csr_array, eps: float = 0.5, min_samples: int = 4) -> Tenso
     border, best = np.unique(row[order], return_index=True)
     label[border] = owner[order][best]
     return torch.from_numpy(label)
-
-
-def _on_grid(distance: float) -> float:
-    return round(distance * _GRID) / _GRID
 
 
 def _checked(

@@ -56,7 +56,7 @@ class WarmStartConfig:
 
     epochs: int = 8
     """Length, in epochs; 0 switches the warm start off."""
-    iterations: int = 50
+    iterations: int = 100
     """Batches in an epoch."""
     images: int = 32
     """Different pictures in a batch; each is seen twice, augmented differently."""
@@ -225,6 +225,11 @@ class Config:
                 raise InputError(
                     f"--{name} is {number}; it must lie between {low:g} and {high:g}."
                 )
+        if not all(0 <= share <= 1 for share in self.optim.milestones):
+            raise InputError(
+                f"--optim.milestones are {self.optim.milestones}; they are shares of "
+                "the epochs and must lie between 0 and 1."
+            )
         positive = {
             "loss.temperature": self.loss.temperature,
             "warm-start.temperature": self.warm_start.temperature,
@@ -356,7 +361,8 @@ def load(path: Path) -> Config:
     try:
         plain = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path} cannot be read as settings: {error}") from error
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} cannot be read as settings: {reason}") from error
     if not isinstance(plain, dict):
         raise InputError(f"{path} holds no settings; is it the config.yaml of a run?")
     said = io.StringIO()
@@ -364,7 +370,8 @@ def load(path: Path) -> Config:
         with contextlib.redirect_stderr(said):
             return tyro.cli(Config, args=list(_as_options(plain)), config=STYLE)
     except SystemExit as error:
-        text = re.sub(r"[^\w\s.,:;'\"()=/-]|[─│╭╮╰╯]", " ", said.getvalue())
+        text = said.getvalue().partition("For full helptext")[0]
+        text = re.sub(r"[^\w\s.,:;'\"()=/-]|[─│╭╮╰╯]", " ", text)
         raise InputError(f"{path}: {' '.join(text.split())}") from error
 
 
@@ -372,6 +379,8 @@ def _as_options(plain: Mapping[str, Any], prefix: str = "--") -> Iterator[str]:
     for name, value in plain.items():
         if isinstance(value, Mapping):
             yield from _as_options(value, f"{prefix}{name}.")
+        elif str(value).startswith("-"):  # no option, though it looks like one
+            yield f"{prefix}{name}={value}"
         else:
             yield f"{prefix}{name}"
             yield from map(str, value if isinstance(value, list) else [value])

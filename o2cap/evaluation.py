@@ -88,6 +88,8 @@ def evaluate_retrieval(
         raise InputError("There is no query image to evaluate: check the query split.")
     columns = gallery_pids, gallery_camids, query_pids, query_camids
     pid, camid, own_pid, own_camid = (c.cpu().numpy() for c in columns)
+    known = np.flatnonzero(pid >= 0)
+    pid, camid = pid[known], camid[known]
     by_pid = np.argsort(pid, kind="stable")
     first = np.searchsorted(pid[by_pid], own_pid, side="left")
     last = np.searchsorted(pid[by_pid], own_pid, side="right")
@@ -97,10 +99,13 @@ def evaluate_retrieval(
     size = max(1, _BLOCK_ELEMENTS // max(1, width))
     for start in range(0, total, size):
         block = slice(start, start + size)
-        similarity = query_features[block].float() @ gallery_features.float().T
+        product = query_features[block].float() @ gallery_features.float().T
+        similarity = product.cpu().numpy()
+        if len(known) < width:
+            similarity = similarity[:, known]
         _score_block(
-            *(similarity.cpu().numpy(), pid, camid, own_pid[block], own_camid[block]),
-            *(by_pid, first[block], last[block], ap[block], inp[block], best[block]),
+            *(similarity, camid, own_pid[block], own_camid[block], by_pid),
+            *(first[block], last[block], ap[block], inp[block], best[block]),
         )
 
     scored = best > 0
@@ -168,7 +173,7 @@ def clustering_quality(
         homogeneity=float(homogeneity),
         completeness=float(completeness),
         purity=float(purity),
-        outlier_share=float(1 - inlier.mean()) if len(inlier) else np.nan,
+        outlier_share=float((~inlier).mean()) if len(inlier) else np.nan,
         clusters=len(names),
         cameras_per_cluster=float(cameras),
     )
@@ -186,44 +191,40 @@ def _check_side(side: str, features: Tensor, pids: Tensor, camids: Tensor) -> No
 
 @numba.njit(cache=True)
 def _score_block(  # type: ignore[no-untyped-def]
-    similarity, pid, camid, own_pid, own_camid, by_pid, first, last, ap, inp, best
+    similarity, camid, own_pid, own_camid, by_pid, first, last, ap, inp, best
 ):
     """Fill AP, INP and the rank of the best match of each query that has one.
 
-    Only the ranks of the matches are needed, and the rank of a match is a count: so
-    no row is sorted, and most wrong images cost one comparison with the worst match.
+    Only the ranks of the matches are needed, and the rank of a match is a count, in
+    a loop that the compiler vectorises; sorting pays where matches are many.
     """
     for q in range(len(own_pid)):
         if own_pid[q] < 0:
             continue
         row = similarity[q]
-        matches = np.empty(last[q] - first[q], np.float32)
-        count = 0
-        for g in by_pid[first[q] : last[q]]:
-            if camid[g] != own_camid[q]:
-                matches[count] = row[g]
-                count += 1
-        if count == 0:
+        own = row[by_pid[first[q] : last[q]]]  # of this identity, own camera too
+        matches = own[camid[by_pid[first[q] : last[q]]] != own_camid[q]]
+        if len(matches) == 0:
             continue
-        matches = np.sort(matches[:count])  # ascending: the last ranks first
-        # wrong[m]: wrong images that reach match m, but not match m + 1
-        wrong = np.zeros(count, np.int64)
-        for g in range(len(row)):
-            if row[g] >= matches[0] and pid[g] != own_pid[q] and pid[g] >= 0:
-                low, high = 0, count
-                while high - low > 1:
-                    middle = (low + high) // 2
-                    if row[g] >= matches[middle]:
-                        low = middle
-                    else:
-                        high = middle
-                wrong[low] += 1
-        ahead, total = 0, 0.0
-        for m in range(count - 1, -1, -1):
-            ahead += wrong[m]
-            rank = count - m + ahead
-            total += (count - m) / rank
-            if m == count - 1:
+        matches = -np.sort(-matches)
+        many = len(matches) > 64
+        if many:
+            row = np.sort(row)
+        total, rank = 0.0, 0
+        for m, match in enumerate(matches):
+            reach = len(row) - np.searchsorted(row, match) if many else _count(row, match)
+            rank = m + 1 + reach - _count(own, match)
+            total += (m + 1) / rank
+            if m == 0:
                 best[q] = rank
-        ap[q] = total / count
-        inp[q] = count / rank
+        ap[q] = total / len(matches)
+        inp[q] = len(matches) / rank
+
+
+@numba.njit(cache=True, fastmath={"reassoc"})
+def _count(values, bar):  # type: ignore[no-untyped-def]
+    # In float32, exact up to 2**24: the compiler packs it, as it does no int count.
+    count = np.float32(0)
+    for i in range(len(values)):
+        count += np.float32(1) if values[i] >= bar else np.float32(0)
+    return int(count)

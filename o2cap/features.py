@@ -66,12 +66,13 @@ def extract(
     model.eval()
     starts = range(0, len(images), batch_size)
     # disable=None: no bar where the output is a file
-    for start in tqdm(
-        starts, "extract", leave=False, disable=None if progress else True
-    ):
-        pixels = images[start : start + batch_size].to(device)
-        with autocast(device, precision):
-            found = model(normalise(pixels))
-        features[start : start + batch_size] = found
-    model.train(was_training)
+    bar = tqdm(starts, "extract", leave=False, disable=None if progress else True)
+    try:
+        for start in bar:
+            pixels = images[start : start + batch_size].to(device)
+            with autocast(device, precision):
+                found = model(normalise(pixels))
+            features[start : start + batch_size] = found
+    finally:
+        model.train(was_training)
     return features

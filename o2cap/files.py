@@ -1,12 +1,14 @@
-"""Writing files so that nobody ever finds half of one."""
+"""Files of a run: written so that nobody ever finds half of one, read with care."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from o2cap.errors import InputError
 
@@ -25,7 +27,7 @@ def replacing(path: Path) -> Iterator[Path]:
     name = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, name = tempfile.mkstemp(".part", f".{path.name}.", path.parent)
         os.close(handle)
         yield Path(name)
         os.chmod(name, 0o666 & ~_umask())
@@ -39,6 +41,21 @@ def replacing(path: Path) -> Iterator[Path]:
         if name is not None:
             with contextlib.suppress(OSError):
                 os.unlink(name)
+
+
+def read_json(path: Path, *names: str) -> list[Any]:
+    """Return the entries called `names` of the JSON object that a file holds.
+
+    Raises
+    ------
+    InputError
+        When the file cannot be read, or holds no such entries.
+    """
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+        return [plain[name] for name in names]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is missing or damaged ({error}).") from error
 
 
 def _umask() -> int:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,6 +30,13 @@ from o2cap.visualization import Figure, contact_sheet, ranked_lists
 # 0002_c1s1_000451_03.jpg, as in Market-1501, DukeMTMC-reID and VeRi-776
 _NAME = re.compile(r"(-1|\d{1,9})_c(\d{1,9})", re.ASCII)
 _CAMERA_FOLDER = re.compile(r"(?:camera|cam|c)[-_ ]?(\d{1,9})", re.I | re.ASCII)
+
+
+# What numpy raises for a file that is empty, cut off, damaged, or something else.
+UNREADABLE = (
+    *(OSError, EOFError, ValueError, KeyError, TypeError),
+    *(zipfile.BadZipFile, zlib.error),
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,7 @@ def load_embedding(path: Path) -> Embedding:
             )
     except FileNotFoundError as error:
         raise InputError(f"The file {path} does not exist.") from error
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         raise InputError(f"{fault} ({error}).") from error
     n = len(paths) if paths.ndim == 1 else 0
     shapes = n and features.shape[:1] == camids.shape == (n,) and features.ndim == 2
@@ -211,7 +219,6 @@ def _embedded(
         source, name = load_embedding(source), str(source)
     if not isinstance(source, Embedding):
         return embed(run, source, device=device, skip_unreadable=skip_unreadable)
-    load_model(run)  # a directory that is no run is refused first
     if source.model != _fingerprint(run):
         raise InputError(
             f"{name} were made by another model than that of {run}; features of two "
@@ -404,8 +411,8 @@ def cluster(
     InputError
         As :func:`embed`, and for features of another model.
     """
+    config, _ = load_model(run)  # first, as it refuses a directory that is no run
     embedding = _embedded(run, pictures, device, skip_unreadable)
-    config, _ = load_model(run)
     return Clustering(embedding.images, find_clusters(embedding.features, config))
 
 

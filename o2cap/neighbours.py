@@ -122,10 +122,14 @@ def pair_similarity(a: Tensor, b: Tensor, rows: Tensor, columns: Tensor) -> Tens
     if a.device.type == "cpu":
         _pair_dot(*(t.numpy() for t in (a, b, rows, columns, out)))
         return out
-    chunk = max(1, _BLOCK_ELEMENTS_GPU // a.shape[1])
+    chunk = max(1, _block_elements(a.device) // a.shape[1])
     for part in torch.arange(len(rows), device=a.device).split(chunk):
         out[part] = (a[rows[part]] * b[columns[part]]).sum(1)
     return out
+
+
+def _block_elements(device: torch.device) -> int:
+    return _BLOCK_ELEMENTS if device.type == "cpu" else _BLOCK_ELEMENTS_GPU
 
 
 def _checked(name: str, x: Tensor) -> Tensor:
@@ -195,6 +199,10 @@ def _multiplies_int8_fast(device: torch.device) -> bool:
     return device.type == "cpu" and hasattr(torch, "_int_mm") and supported()
 
 
+def _searches_in_tiles(device: torch.device) -> bool:
+    return device.type == "cpu"  # where the compiled heaps run
+
+
 class _Torch:
     """Coarse search by blocked torch products."""
 
@@ -214,9 +222,10 @@ class _Torch:
 
     def candidates(self, m: int) -> tuple[Tensor, Tensor]:
         """The m best of each query: coarse similarity [Q, m], index int64 [Q, m]."""
-        if self.features.device.type != "cpu":
-            size = max(1, _BLOCK_ELEMENTS_GPU // len(self.features))
-            every = torch.arange(len(self.queries), device=self.features.device)
+        device = self.features.device
+        if not _searches_in_tiles(device):
+            size = max(1, _block_elements(device) // len(self.features))
+            every = torch.arange(len(self.queries), device=device)
             best = [self.all(part).topk(m) for part in every.split(size)]
             return torch.cat([b[0] for b in best]), torch.cat([b[1] for b in best])
         a, b = self.coded, self.gallery
@@ -331,8 +340,7 @@ def _search(search: _Torch | _Faiss, k: int) -> tuple[Tensor, Tensor]:
         index[some] = candidates.gather(1, order[:, :k])
 
     covered = coarse.amin(1) < bar if m < n else torch.ones_like(bar, dtype=torch.bool)
-    gpu = coarse.device.type != "cpu"
-    elements = _BLOCK_ELEMENTS_GPU if gpu else _BLOCK_ELEMENTS
+    elements = _block_elements(coarse.device)
     for some in every[covered].split(max(1, elements // (4 * m))):
         rank(some, coarse[some], candidates[some])
     # The rest is a crowd of near ties: look at all that reach the bar.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
-import logging
+import math
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import numpy as np
@@ -18,8 +20,9 @@ from o2cap.config import PRESETS, Config, load
 from o2cap.data.images import ImageSet, ReIDDataset
 from o2cap.data.loading import decode
 from o2cap.errors import InputError
+from o2cap.evaluation import evaluate_retrieval
 from o2cap.files import replacing
-from o2cap.inference import embed
+from o2cap.inference import UNREADABLE, embed
 from o2cap.trainer import load_configured
 from o2cap.visualization import (
     Figure,
@@ -32,8 +35,6 @@ from o2cap.visualization import (
     ranked_lists,
     training_curves,
 )
-
-logger = logging.getLogger("o2cap")
 
 METRICS = {"mAP": "mAP", "rank1": "rank-1", "rank5": "rank-5", "rank10": "rank-10"}
 MAPPED = 1000  # pictures on the map: more take minutes and only blacken it
@@ -85,7 +86,7 @@ def report(
         _environment(environment),
     ]
     title = escape(f"{environment['dataset']}, {config.method}: an O2CAP run")
-    page = _PAGE.replace("TITLE", title, 1).replace("BODY", "\n".join(body), 1)
+    page = Template(_PAGE).substitute(title=title, body="\n".join(body))
     path = run / "report.html"
     with replacing(path) as temporary:
         # A file name that is no valid UTF-8 may stand in an error message.
@@ -93,7 +94,7 @@ def report(
     return path
 
 
-# ------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------ reading
 
 
 def _read(run: Path) -> tuple[list[dict[str, Any]], list[Tensor], dict, dict | None]:
@@ -107,13 +108,15 @@ def _read(run: Path) -> tuple[list[dict[str, Any]], list[Tensor], dict, dict | N
             with np.load(name, allow_pickle=False) as file:
                 clusters.append(torch.from_numpy(file["clusters"]))
         environment = json.loads((run / "environment.json").read_text("utf-8"))
+        for needed in ("dataset", "started", "fingerprint", "counts"):
+            environment[needed]
         done = run / "summary.json"
         summary = json.loads(done.read_text("utf-8")) if done.is_file() else None
     except FileNotFoundError as error:
         raise InputError(
             f"{run} holds no finished epoch to report (no {error.filename})."
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         raise InputError(f"The run in {run} is damaged ({error}).") from error
     if not history:
         raise InputError(f"{run} holds no finished epoch to report.")
@@ -165,7 +168,7 @@ def _warnings(
     return found
 
 
-# ------------------------------------------------------------------------------ sections
+# ----------------------------------------------------------------------------- sections
 
 
 def _headline(
@@ -184,7 +187,7 @@ def _headline(
     people = environment["counts"]["train"]["identities"]
     true = f"for {people} identities" if people else "identities unknown"
     tiles.append(("clusters", f"{final['clusters']:,}", true))
-    if "ari" in final:
+    if math.isfinite(final.get("ari", math.nan)):
         was = f"in the first epoch {history[0].get('ari', 0):.2f}"
         tiles.append(("ARI of the clusters", f"{final['ari']:.2f}", was))
     items = "".join(
@@ -292,7 +295,9 @@ def _retrieval(
         return ""
 
     def features(images: ImageSet) -> tuple[ImageSet, Tensor]:
-        found = embed(run, images, device=device, skip_unreadable=config.skip_unreadable)
+        found = embed(
+            run, images, device=device, skip_unreadable=config.skip_unreadable
+        )
         return found.images, found.features
 
     if not len(dataset.query):
@@ -310,4 +315,209 @@ def _retrieval(
     # whole identities, and not those that stand for «nobody in particular» (0)
     some = gallery.pids.argsort(descending=True, stable=True)[:MAPPED]
     parts.append(_map(gallery.select(some), searched[some], None))
-    return _section("Search in the gallery", *parts)
+    return _section("Search in the gallery, and its map", *parts)
+
+
+def _ranked(query: ImageSet, gallery: ImageSet, asked: Tensor, searched: Tensor) -> str:
+    """Return the ranked lists of the three best and the three worst queries."""
+    assert query.pids is not None and gallery.pids is not None
+    examined = torch.linspace(0, len(query) - 1, 200).long().unique()
+    precision = {}
+    for i in examined.tolist():
+        one = slice(i, i + 1)
+        with contextlib.suppress(InputError):  # a query without a match
+            precision[i] = evaluate_retrieval(
+                asked[one],
+                searched,
+                query.pids[one],
+                gallery.pids,
+                query.camids[one],
+                gallery.camids,
+            ).mAP
+    order = sorted(precision, key=lambda i: precision[i])
+    text = f"of {len(order)} queries"
+    if len(examined) < len(query):
+        text += f" (evenly chosen from {len(query):,})"
+    parts = []
+    for name, chosen in (("best", order[-3:][::-1]), ("worst", order[:3])):
+        scores = [f"AP {precision[i]:.0%}" for i in chosen]
+        index = torch.tensor(chosen)
+        lists = ranked_lists(
+            query.select(index), gallery, asked[index] @ searched.T, notes=scores
+        )
+        parts.append(
+            _figure(
+                lists,
+                f"Ranked lists of the {name} queries, {', '.join(scores)}.",
+                f"The {name} {text} by average precision (AP). Pictures of the "
+                "query's own identity and camera are left out, as the metrics do.",
+            )
+        )
+    return "".join(parts)
+
+
+def _map(images: ImageSet, features: Tensor, clusters: Tensor | None) -> str:
+    if len(images) < 8:
+        return "<p>There are too few pictures for a map.</p>"
+    name = "identity" if clusters is None else "cluster"
+    placed = project(features)
+    return _figure(
+        embedding_map(placed, images, clusters, name=name),
+        f"UMAP map of {len(images)} pictures by {name} and by camera, trustworthiness "
+        f"{placed.trustworthiness:.2f}.",
+        f"One point is one picture. Good: each {name} in one place (left), cameras "
+        "mixed (right). Distances between far groups mean nothing.",
+    )
+
+
+def _timing(history: list[dict[str, Any]]) -> str:
+    stages: dict[str, float] = {}
+    for record in history:
+        for stage, seconds in record["seconds"].items():
+            stages[stage] = stages.get(stage, 0) + seconds
+    total = sum(stages.values()) or 1
+    rows = [
+        (
+            escape(stage),
+            f"{seconds:,.1f}",
+            f"{seconds / len(history):,.2f}",
+            f'<span class="bar" style="width:{8 * seconds / total:.2f}em"></span> '
+            f"{seconds / total:.0%}",
+        )
+        for stage, seconds in stages.items()
+    ]
+    header = ("stage", "seconds", "seconds per epoch", "share")
+    return _section("Time", _table(header, rows, "Seconds per stage of the epochs"))
+
+
+def _settings(config: Config) -> str:
+    usual = PRESETS.get(config.preset)
+    before = _flat(usual.to_dict()) if usual else {}
+    here = _flat(config.to_dict())
+    rows = [
+        (
+            escape(name),
+            escape(str(value)),
+            "" if before.get(name, value) == value else escape(str(before[name])),
+        )
+        for name, value in here.items()
+    ]
+    header = ("setting", "value", f"in the preset {config.preset}, if it differs")
+    changed = [row for row in rows if row[2]]
+    table = _table(header, rows, "All settings")
+    return _section(
+        "Configuration",
+        _table(header, changed, "Settings changed") if changed else "",
+        f"<details><summary>All settings</summary>{table}</details>",
+    )
+
+
+def _environment(environment: dict[str, Any]) -> str:
+    counts = environment["counts"]
+    columns = ("images", "identities", "cameras")
+    data = [(escape(k), *(f"{counts[k][c]:,}" for c in columns)) for k in counts]
+    facts = _flat({k: v for k, v in environment.items() if k != "counts"})
+    rows = [(escape(k), escape(str(v))) for k, v in facts.items()]
+    return _section(
+        "Data and environment",
+        _table(("part", *columns), data, "Data (0 identities: unknown)"),
+        _table(("fact", "value"), rows, "Environment"),
+    )
+
+
+# --------------------------------------------------------------------------------- HTML
+
+
+def _section(title: str, *parts: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{''.join(parts)}</section>"
+
+
+def _figure(figure: Figure, alt: str, caption: str) -> str:
+    data = base64.b64encode(figure.png()).decode()
+    below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    width, _ = figure.get_size_inches() * 96
+    return (
+        f'<figure><div class="wide" tabindex="0"><img alt="{escape(alt)}" '
+        f'src="data:image/png;base64,{data}" width="{width:.0f}"></div>{below}</figure>'
+    )
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> str:
+    """Return a table; `header` and `caption` are text, cells are HTML."""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
+    body = "".join(
+        f'<tr><th scope="row">{first}</th>'
+        + "".join(f"<td>{cell}</td>" for cell in rest)
+        + "</tr>"
+        for first, *rest in rows
+    )
+    return (
+        f'<div class="wide" tabindex="0" role="region" aria-label="{escape(caption)}">'
+        f"<table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>"
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in plain.items():
+        deeper = isinstance(value, dict)
+        found |= _flat(value, f"{prefix}{name}.") if deeper else {prefix + name: value}
+    return found
+
+
+def _short(value: float | None) -> str:
+    if value is None:
+        return "not measured"
+    return str(value) if isinstance(value, int) else f"{value:.3g}"
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="color-scheme" content="light dark">
+<title>$title</title>
+<style>
+:root { --text: #1b1f24; --soft: #57606a; --back: #fff; --card: #f3f5f7;
+  --line: #d0d7de; --accent: #0072b2; --note: #d55e00 }
+@media (prefers-color-scheme: dark) { :root { --text: #e8ebee; --soft: #a7b0ba;
+  --back: #14171a; --card: #1f2429; --line: #3b434b; --accent: #56b4e9;
+  --note: #e69f00 } }
+body { margin: 0 auto; max-width: 62rem; padding: 1rem; background: var(--back);
+  color: var(--text); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: break-word }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: .5rem 0 }
+h1 em { font-style: normal; color: var(--accent) }
+h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem }
+header p, figcaption, caption, dd span { color: var(--soft) }
+.tiles { display: grid; gap: .6rem; margin: 1rem 0;
+  grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)) }
+.tiles div { background: var(--card); border-radius: .5rem; padding: .6rem .8rem }
+dt { font-size: .9rem } dd { margin: 0 } dd b { font-size: 1.6rem; display: block }
+dd span { font-size: .85rem }
+.notes { border-left: .3rem solid var(--note); padding-left: 1rem; margin-top: 1.5rem }
+.notes h2 { margin-top: 0 } .notes ul { padding-left: 1.1rem }
+figure { margin: 1rem 0 2rem }
+img { max-width: 100%; height: auto; background: #fff; border-radius: .5rem }
+@media (max-width: 36rem) { img { max-width: none; width: 36rem } }
+figcaption { max-width: 45rem; font-size: .95rem }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; margin: .5rem 0 1rem; font-size: .95rem }
+caption { text-align: left; padding-bottom: .3rem }
+th, td { text-align: left; padding: .25rem .8rem .25rem 0; vertical-align: top;
+  border-bottom: 1px solid var(--line) }
+tbody th { font-weight: normal; white-space: nowrap }
+.bar { display: inline-block; height: .7em; background: var(--accent) }
+summary { cursor: pointer }
+</style>
+</head>
+<body>
+<main>
+$body
+</main>
+</body>
+</html>
+"""

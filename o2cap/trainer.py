@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
 import json
 import logging
 import os
@@ -17,9 +19,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import safetensors.torch
 import torch
 import yaml
-from safetensors.torch import save_file
 from torch import Generator, Tensor
 from torch.amp import GradScaler
 from torch.utils.tensorboard import SummaryWriter
@@ -40,7 +42,7 @@ from o2cap.data.loading import (
 from o2cap.errors import InputError, TrainingError
 from o2cap.evaluation import RetrievalMetrics, clustering_quality, evaluate_retrieval
 from o2cap.features import autocast, extract
-from o2cap.files import replacing
+from o2cap.files import read_json, replacing
 from o2cap.neighbours import nearest_neighbours
 from o2cap.proxies import CameraProxies, ProxyMemory, split_by_camera
 
@@ -88,13 +90,16 @@ def train(
         When a loss is NaN or infinite; the last good checkpoint stays.
     """
     run = RunDirectory.claim(config, resume)
+    run.check_input(dataset, pseudo_labels)
     if run.finished():
         logger.info("%s is finished already", run.path)
         return run.result(load_model(run.path)[1])
     hardware = Hardware.choose(config)
     with hardware.in_force(config):
         # -- data: decoded once; from here on, training has no identities
-        dataset = dataset or load_configured(config)
+        if dataset is None:
+            dataset = load_configured(config)
+            run.check_input(dataset, pseudo_labels)
         check_parts(dataset)
         pixels, train_set = decode(
             dataset.train,
@@ -122,7 +127,7 @@ def train(
             last_stride=config.model.last_stride,
         ).to(hardware.device, memory_format=torch.channels_last)
         pixels = hardware.place(pixels)
-        run.begin(config, dataset, hardware)
+        run.begin(dataset, hardware, pseudo_labels)
         _announce(dataset, hardware, run, config)
 
         # -- warm start, or on from where the run was left
@@ -137,7 +142,7 @@ def train(
             progress: Metrics = {"stage": "train", "epoch": -1, "before": before}
             run.save(progress, model, optimizer, scaler)
         else:
-            _restore(state, model, optimizer, scaler)
+            run.take_up(state, model, optimizer, scaler)
             progress = {key: state[key] for key in ("stage", "epoch", "before")}
 
         # -- epochs: extract, cluster, split by camera, train
@@ -251,7 +256,12 @@ class Hardware:
             # Without such instructions the CPU emulates bf16, slower than float32.
             fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
             precision = "bf16" if fast else "off"
-        return cls(device, precision, config.threads or min(os.cpu_count() or 1, 8))
+        # With every core taken, threads that wait for each other collapse beside a
+        # busy neighbour (measured on 2 cores: an epoch 60 s instead of 5 s).
+        threads = config.threads or torch.get_num_threads()
+        if not config.threads and "OMP_NUM_THREADS" not in os.environ:
+            threads = max(1, min(threads // 2, 8))
+        return cls(device, precision, threads)
 
     @property
     def extraction(self) -> Literal["fp16", "off"]:
@@ -311,7 +321,13 @@ def find_clusters(features: Tensor, config: Config) -> Tensor:
     settings = config.clustering
     k = min(settings.k1, len(features))
     found = nearest_neighbours(features, k, backend=settings.search)
-    distance = jaccard_distance(features, settings.k1, settings.k2, neighbours=found)
+    distance = jaccard_distance(
+        features,
+        settings.k1,
+        settings.k2,
+        neighbours=found,
+        max_distance=settings.eps,  # DBSCAN asks for no larger one
+    )
     return dbscan(distance, settings.eps, settings.min_samples)
 
 
@@ -436,7 +452,7 @@ def warm_start(
     first = 0
     if state is not None:
         first = state["epoch"] + 1
-        _restore(state, model, optimizer, scaler)
+        run.take_up(state, model, optimizer, scaler)
     for epoch in range(first, settings.epochs):
         generator = _seed_everything(seed_of(config.seed, "warm start", epoch))
         batches = instance_batches(
@@ -467,18 +483,6 @@ def warm_start(
         logger.info("warm start, epoch %d: loss %.3f", epoch, mean)
         run.record_warm_start({"epoch": epoch, "loss": mean, "lr": settings.lr})
         run.save({"stage": "warm start", "epoch": epoch}, model, optimizer, scaler)
-
-
-def _restore(
-    state: dict[str, Any],
-    model: ReIDModel,
-    optimizer: torch.optim.Adam,
-    scaler: GradScaler,
-) -> None:
-    """Take up a checkpoint's model, optimizer and loss scale."""
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
 
 
 def _seed_everything(seed: int) -> Generator:
@@ -580,7 +584,7 @@ def describe_clusters(clusters: Tensor, camids: Tensor, pids: Tensor | None) -> 
     Identities, where known, only measure: ARI, NMI, V-measure, purity.
     """
     found: Metrics = {
-        "clusters": int(clusters.max()) + 1,
+        "clusters": int(clusters[clusters >= 0].unique().numel()),
         "outliers": int((clusters < 0).sum()),
     }
     if found["clusters"] > 0:
@@ -588,17 +592,19 @@ def describe_clusters(clusters: Tensor, camids: Tensor, pids: Tensor | None) -> 
         found["cameras_per_cluster"] = parts / found["clusters"]
     if pids is not None and found["clusters"] > 0:
         quality = clustering_quality(clusters, pids)
-        found |= {
+        scores = {
             "ari": quality.ari,
             "nmi": quality.nmi,
             "v_measure": quality.v_measure,
             "purity": quality.purity,
         }
+        # NaN where no clustered picture has a known identity
+        found |= {name: value for name, value in scores.items() if value == value}
     return found
 
 
 class Evaluator:
-    """Query and gallery of a data set, decoded at the first use and kept.
+    """Query and gallery of a data set, decoded once.
 
     Parameters
     ----------
@@ -608,38 +614,40 @@ class Evaluator:
         Its query and gallery; with neither, there is nothing to evaluate.
     hardware : Hardware
         Where features are extracted.
+
+    Raises
+    ------
+    InputError
+        At the first unreadable pictures, unless they are to be skipped.
     """
 
     def __init__(
         self, config: Config, dataset: ReIDDataset, hardware: Hardware
     ) -> None:
-        self.config, self.dataset, self.hardware = config, dataset, hardware
-        self.decoded: list[tuple[Tensor, ImageSet]] = []
+        self.config, self.hardware = config, hardware
+        self.decoded = [
+            decode(
+                part,
+                config.height,
+                config.width,
+                workers=config.workers,
+                skip_unreadable=config.skip_unreadable,
+            )
+            for part in (dataset.query, dataset.gallery)
+            if len(part)
+        ]
 
     def __call__(self, model: ReIDModel) -> RetrievalMetrics | None:
         """Return the retrieval metrics of `model`, None without query and gallery."""
-        config = self.config
-        parts = (self.dataset.query, self.dataset.gallery)
-        if not any(map(len, parts)):
-            return None
         if not self.decoded:
-            self.decoded = [
-                decode(
-                    part,
-                    config.height,
-                    config.width,
-                    workers=config.workers,
-                    skip_unreadable=config.skip_unreadable,
-                )
-                for part in parts
-            ]
+            return None
         (query_pixels, query), (gallery_pixels, gallery) = self.decoded
         features = [
             extract(
                 model,
                 pixels,
-                height=config.height,
-                width=config.width,
+                height=self.config.height,
+                width=self.config.width,
                 device=self.hardware.device,
                 precision=self.hardware.extraction,
             )
@@ -660,7 +668,9 @@ class Evaluator:
         found = self(model)
         if found is None:
             return {}
-        rank = {f"rank{k}": float(found.cmc[k - 1]) for k in (1, 5, 10)}
+        # Beyond the end of a gallery of fewer pictures nothing more is found.
+        most = len(found.cmc)
+        rank = {f"rank{k}": float(found.cmc[min(k, most) - 1]) for k in (1, 5, 10)}
         return {"mAP": found.mAP, **rank, "mINP": found.mINP}
 
 
@@ -698,7 +708,9 @@ class RunDirectory:
         if run.path.is_file():
             raise InputError(f"--output {run.path} is a file; name a directory.")
         if not known.is_file():
-            if run.path.is_dir() and any(run.path.iterdir()):
+            # (What a killed run leaves before its settings is hidden.)
+            inside = run.path.iterdir() if run.path.is_dir() else ()
+            if any(not path.name.startswith(".") for path in inside):
                 raise InputError(
                     f"--output {run.path} holds files but no run (no config.yaml); "
                     "choose another directory."
@@ -721,13 +733,42 @@ class RunDirectory:
         """Say whether the run has come to its end."""
         return (self.path / "summary.json").is_file()
 
-    def begin(self, config: Config, dataset: ReIDDataset, hardware: Hardware) -> None:
+    def begin(
+        self, dataset: ReIDDataset, hardware: Hardware, pseudo_labels: Tensor | None
+    ) -> None:
         """Write what is known before the first step."""
         if not (self.path / "config.yaml").is_file():
-            text = yaml.safe_dump(config.to_dict(), sort_keys=False)
-            facts = describe_environment(config, dataset, hardware)
-            self._write("environment.json", json.dumps(facts, indent=2))
+            text = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
             self._write("config.yaml", text)
+        if not (self.path / "environment.json").is_file():
+            facts = describe_environment(self.config, dataset, hardware)
+            facts["pseudo_labels"] = _fingerprint(pseudo_labels)
+            self._write("environment.json", json.dumps(facts, indent=2))
+
+    def check_input(
+        self, dataset: ReIDDataset | None, pseudo_labels: Tensor | None
+    ) -> None:
+        """Refuse to go on with other pictures or labels than the run began with.
+
+        Raises
+        ------
+        InputError
+            When they differ from those that ``environment.json`` tells of.
+        """
+        path = self.path / "environment.json"
+        if not path.is_file():
+            return
+        pictures, labels = read_json(path, "fingerprint", "pseudo_labels")
+        if dataset is not None and dataset.fingerprint() != pictures:
+            raise InputError(
+                f"--output {self.path} belongs to a run on other pictures (the data "
+                f"set's fingerprint was {pictures}); choose another."
+            )
+        if _fingerprint(pseudo_labels) != labels:
+            raise InputError(
+                f"--output {self.path} belongs to a run with other pseudo labels, "
+                "given or found; choose another."
+            )
 
     def restore(self, device: torch.device) -> dict[str, Any] | None:
         """Return the last checkpoint, if there is one, and forget what came after.
@@ -738,6 +779,8 @@ class RunDirectory:
             When the file is damaged.
         """
         path = self.path / "checkpoint.pt"
+        for left in self.path.rglob(".*.part"):  # of a run killed while writing
+            left.unlink()
         state = None
         if path.is_file():
             try:
@@ -756,12 +799,40 @@ class RunDirectory:
         self.board = SummaryWriter(str(self.path), purge_step=len(self.history))
         return state
 
+    def take_up(
+        self,
+        state: dict[str, Any],
+        model: ReIDModel,
+        optimizer: torch.optim.Adam,
+        scaler: GradScaler,
+    ) -> None:
+        """Load a checkpoint's model, optimizer and loss scale.
+
+        Raises
+        ------
+        InputError
+            When it is of another model.
+        """
+        try:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            if state["scaler"]:  # empty if the device before needed none
+                scaler.load_state_dict(state["scaler"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"{self.path / 'checkpoint.pt'} does not fit the settings beside it; "
+                "it is of another model. Delete it to train from the start."
+            ) from error
+
     def _lines(self, name: str, last: int) -> list[Metrics]:
         path = self.path / name
         if not path.is_file():
             return []
-        lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-        return [line for line in lines if line["epoch"] <= last]
+        try:
+            lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+            return [line for line in lines if line["epoch"] <= last]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is damaged ({error}).") from error
 
     def record(self, record: Metrics, clusters: Tensor) -> None:
         """Keep an epoch's record and its pseudo labels."""
@@ -774,6 +845,7 @@ class RunDirectory:
         for key, value in record.items():
             if isinstance(value, int | float) and key != "epoch":
                 self.board.add_scalar(key, value, record["epoch"])
+        self.board.flush()
 
     def record_warm_start(self, record: Metrics) -> None:
         """Keep the record of an epoch of the warm start."""
@@ -794,14 +866,17 @@ class RunDirectory:
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
         }
+        # By way of memory: torch does not say why it cannot write (a full disk).
+        content = io.BytesIO()
+        torch.save(whole, content)
         with replacing(self.path / "checkpoint.pt") as path:
-            torch.save(whole, path)
+            path.write_bytes(content.getbuffer())
 
     def finish(self, model: ReIDModel, before: Metrics) -> None:
         """Write the weights and the final metrics."""
         tensors = {k: v.contiguous().cpu() for k, v in model.state_dict().items()}
         with replacing(self.path / "model.safetensors") as path:
-            save_file(tensors, path)
+            path.write_bytes(safetensors.torch.save(tensors))
         summary = {
             "final": self.history[-1],
             "before": before,
@@ -814,12 +889,12 @@ class RunDirectory:
 
     def result(self, model: ReIDModel) -> RunResult:
         """Return the finished run."""
-        summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+        (before,) = read_json(self.path / "summary.json", "before")
         return RunResult(
             self.path,
             self.config,
             model.eval(),
-            summary["before"],
+            before,
             self._lines("metrics.jsonl", 10**9),
         )
 
@@ -829,6 +904,12 @@ class RunDirectory:
     def _write(self, name: str, text: str) -> None:
         with replacing(self.path / name) as path:
             path.write_text(text, encoding="utf-8")
+
+
+def _fingerprint(labels: Tensor | None) -> str | None:
+    if labels is None:
+        return None
+    return hashlib.sha256(labels.cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def _differences(there: Config, here: Config) -> Iterator[tuple[str, Any, Any]]:
@@ -933,7 +1014,8 @@ def check_parts(dataset: ReIDDataset) -> None:
     Raises
     ------
     InputError
-        For no training pictures, or a gallery without queries, or the reverse.
+        For no training pictures; a gallery without queries, or the reverse; or
+        pictures there of which no identity is known, or none that can be found.
     """
     if len(dataset.train) == 0:
         raise InputError(f"The data set {dataset.name} has no training pictures.")
@@ -943,6 +1025,23 @@ def check_parts(dataset: ReIDDataset) -> None:
                 f"The data set {dataset.name} has a {has} but no {lacks}; evaluation "
                 "needs both (training alone needs neither)."
             )
+    if not len(dataset.query):
+        return
+    cameras: dict[int, set[int]] = {}
+    for pid, camid in _identified(dataset.gallery):
+        cameras.setdefault(pid, set()).add(camid)
+    if not any(cameras.get(p, set()) - {c} for p, c in _identified(dataset.query)):
+        raise InputError(
+            f"The data set {dataset.name} cannot be evaluated with: no query has a "
+            "picture of its identity, from another camera, in the gallery."
+        )
+
+
+def _identified(images: ImageSet) -> Iterator[tuple[int, int]]:
+    if images.pids is None:
+        return iter(())
+    pairs = zip(images.pids.tolist(), images.camids.tolist(), strict=True)
+    return ((pid, camid) for pid, camid in pairs if pid >= 0)
 
 
 def describe_environment(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import wraps
 from itertools import pairwise
@@ -40,6 +41,7 @@ STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlesize": 12,
+    "figure.constrained_layout.hspace": 0.06,
     "figure.facecolor": "white",
     "font.size": 12,
     "legend.fontsize": 11,
@@ -190,12 +192,14 @@ def ranked_lists(
             f"least, not {list(similarity.shape)}"
         )
     similarity = similarity.float().cpu()
-    known = query.pids is not None and gallery.pids is not None
-    if known and not same_camera:
-        assert query.pids is not None and gallery.pids is not None
-        left_out = (query.pids[:, None] == gallery.pids) & (
-            query.camids[:, None] == gallery.camids
-        )
+    one, other = (
+        torch.full_like(part.camids, -1) if part.pids is None else part.pids
+        for part in (query, gallery)
+    )
+    known = (one[:, None] >= 0) & (other >= 0)
+    same = known & (one[:, None] == other)
+    if not same_camera:
+        left_out = same & (query.camids[:, None] == gallery.camids)
         similarity = similarity.masked_fill(left_out, -torch.inf)
     best = similarity.topk(min(top, len(gallery)), dim=1)
     found = [
@@ -209,9 +213,9 @@ def ranked_lists(
     pixels = iter(_thumbnails(pictures, range(len(pictures))))
     queries = [next(pixels) for _ in found]
     height, width, _ = queries[0].shape
-    step, right, gap = round(1.55 * height), max(width + 10, 58), 24
+    step, across, gap = round(1.55 * height), max(width + 10, 58), 24
     columns = 1 + max(map(len, found))
-    sheet = np.full((len(found) * step, gap + columns * right, 3), 255, np.uint8)
+    sheet = np.full((len(found) * step, gap + columns * across, 3), 255, np.uint8)
     ax = _sheet_axes(sheet)
 
     def put(picture: np.ndarray, i: int, x: int, colour: str, text: str) -> None:
@@ -226,18 +230,17 @@ def ranked_lists(
         put(queries[i], i, 4, "black", f"query\n{camera}")
         for rank, j in enumerate(row):
             colour, mark = GREY, ""
-            if known and int(query.pids[i]) >= 0:  # type: ignore[index]
-                right_one = bool(query.pids[i] == gallery.pids[j])  # type: ignore[index]
-                colour, mark = (GREEN, " ✓") if right_one else (VERMILLION, " ✗")
+            if known[i, j]:
+                colour, mark = (GREEN, " ✓") if same[i, j] else (VERMILLION, " ✗")
             distance = max(1 - float(similarity[i, j]), 0)
             text = f"{distance:.2f}{mark}\n{_camera(gallery.camids[j])}"
-            put(next(pixels), i, 4 + gap + (rank + 1) * right, colour, text)
+            put(next(pixels), i, 4 + gap + (rank + 1) * across, colour, text)
     ax.images[0].set_data(sheet)
     ax.set_yticks(
         [i * step + height / 2 for i in range(len(found))], notes or [""] * len(found)
     )
     ax.set_xticks(
-        [4 + gap + (rank + 1) * right + width / 2 for rank in range(columns - 1)],
+        [4 + gap + (rank + 1) * across + width / 2 for rank in range(columns - 1)],
         [str(rank + 1) for rank in range(columns - 1)],
     )
     ax.set_xlabel("rank; below each match its cosine distance and its camera")
@@ -251,7 +254,8 @@ def _camera(camid: Tensor) -> str:
 def _thumbnails(images: ImageSet, index: Sequence[int]) -> np.ndarray:
     """Return pictures as uint8 [M, 96, W, 3]; W as the shape of the first asks for."""
     chosen = images.select(torch.tensor(index, dtype=torch.int64))
-    with Image.open(chosen.paths[0]) as first:
+    width = 48
+    with suppress(OSError), Image.open(chosen.paths[0]) as first:  # decode tells
         width = round(96 * min(max(first.width / first.height, 0.4), 2))
     return decode(chosen, 96, width)[0].numpy()
 
@@ -439,21 +443,22 @@ def training_curves(runs: Mapping[str, History] | History) -> Figure:
         "clusters": "clusters (number)",
         "outliers": "outliers (pictures)",
         "cameras_per_cluster": "cameras per cluster",
-        "ari": "ARI of the clusters (0 to 1)",
-        "nmi": "NMI of the clusters (0 to 1)",
+        "ari": "ARI (0 to 1)",
+        "nmi": "NMI (0 to 1)",
         "loss": "loss (no unit)" if len(named) == 1 else "loss / its first value",
         "mAP": "mAP (%)",
         "rank1": "rank-1 (%)",
     }
-    panels = [k for k in wanted if any(k in r for h in named.values() for r in h)]
-    last = max(r["epoch"] for h in named.values() for r in h)
+    everything = [record for history in named.values() for record in history]
+    panels = [k for k in wanted if any(_measured(r, k) for r in everything)]
+    last = max(record["epoch"] for record in everything)
     columns = min(4, len(panels))
     n_rows = -(-len(panels) // columns)
-    fig = Figure(figsize=(3.1 * columns, 2.5 * n_rows + 0.3), layout="constrained")
+    fig = Figure(figsize=(2.75 * columns, 2.6 * n_rows + 0.3), layout="constrained")
     axes = fig.subplots(n_rows, columns, squeeze=False).flatten()
     for ax, key in zip(axes, panels, strict=False):
         for i, history in enumerate(named.values()):
-            seen = [(r["epoch"], r[key]) for r in history if key in r]
+            seen = [(r["epoch"], r[key]) for r in history if _measured(r, key)]
             x, y = np.array(seen, dtype=float).reshape(-1, 2).T
             if key in ("mAP", "rank1"):
                 y = 100 * y
@@ -462,7 +467,8 @@ def training_curves(runs: Mapping[str, History] | History) -> Figure:
             marker = MARKERS[i % 8] if len(x) <= 30 else ""
             ax.plot(x, y, color=PALETTE[i % 7], marker=marker)
         ax.set_title(wanted[key])
-        ax.set_ylim(bottom=0)
+        low, high = ax.dataLim.intervaly
+        ax.set_ylim(min(1.1 * low, 0), 1.1 * high if high > 0 else 1)
         ax.set_xlim(-0.5, last + 0.5)
         ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         ax.set_xlabel("epoch")
@@ -474,6 +480,10 @@ def training_curves(runs: Mapping[str, History] | History) -> Figure:
             lines, list(named), loc="outside lower center", ncols=min(5, len(named))
         )
     return fig
+
+
+def _measured(record: Mapping[str, Any], key: str) -> bool:
+    return key in record and np.isfinite(record[key])
 
 
 # ----------------------------------------------------------------------------- clusters
@@ -585,9 +595,16 @@ def cluster_flow(epochs: Sequence[Tensor]) -> Figure:
     ----------
     epochs : sequence of LongTensor [N]
         Pseudo labels of each epoch, −1 for outliers.
+
+    Raises
+    ------
+    ValueError
+        When the last epoch has no cluster.
     """
     named = np.stack(follow_clusters(epochs))
     final = named[-1]
+    if not (final >= 0).any():
+        raise ValueError("the last epoch has no cluster to follow")
     size = np.bincount(final[final >= 0])
     largest = np.argsort(-size, kind="stable")[: len(PALETTE)]
     colours = np.array([to_rgb(c) for c in (*PALETTE, *GREYS, "white")])
@@ -625,7 +642,7 @@ def cluster_flow(epochs: Sequence[Tensor]) -> Figure:
         colours[which[:, rows].T],
         aspect="auto",
         interpolation="nearest",
-        extent=(-0.5, n - 0.5, max(len(rows), 1), 0),
+        extent=(-0.5, n - 0.5, len(rows), 0),
     )
     bottom.hlines(ends[:-1], -0.5, n - 0.5, color="black", lw=1.5)
     middle = [(a + b) / 2 for a, b in pairwise([0, *ends])]

@@ -25,7 +25,7 @@ from o2cap.proxies import CameraProxies
 TAU = 0.07
 
 
-# ------------------------------------------------- slow references, one loop a sentence
+# ------------------------------------------ slow references, one loop a sentence
 
 
 def reference_reduce(
@@ -277,7 +277,7 @@ def mixed_similarity(
     return online_similarity(compare(features, memory), proxy, memory, balance)
 
 
-# ------------------------------------------------------------------------ worked by hand
+# ------------------------------------------ worked by hand
 
 # Six proxies in the plane, at these cosines to the x axis; anchors lie on the x axis.
 # proxy    0     1     2     3     4     5
@@ -359,7 +359,7 @@ def test_at_the_start_the_baseline_is_the_log_of_the_number_of_clusters() -> Non
     assert start.item() == pytest.approx(math.log(300), rel=0.02)
 
 
-# ---------------------------------------------------------------------------- reductions
+# ------------------------------------------ reductions
 
 
 def test_reduce_by_hand() -> None:
@@ -390,7 +390,7 @@ def test_online_with_two_cameras_takes_no_negative_for_a_positive() -> None:
         assert sorted(proxies.camera[row].tolist()) == [0, 5]
 
 
-# ----------------------------------------------------------------------------- gradients
+# ------------------------------------------ gradients
 
 ALL: dict[str, Callable[..., Tensor]] = {
     "offline": offline_loss,
@@ -444,7 +444,7 @@ def test_gradient_pulls_towards_positives_and_away_from_negatives() -> None:
     assert anchor.grad[0, 1] < 0  # a descent step moves the anchor up
 
 
-# ---------------------------------------------------------------- invariance, robustness
+# ------------------------------------------ invariance, robustness
 
 
 @pytest.mark.parametrize("reduction", ["camera_sum", "mean"])

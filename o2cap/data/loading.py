@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import psutil
 import torch
 from PIL import Image, ImageOps
 from torch import Generator, Tensor
+from torch.nn import functional as F
 
 from o2cap.data.images import ImageSet
 from o2cap.errors import InputError
@@ -86,13 +89,23 @@ def decode(
     Raises
     ------
     InputError
-        At the first unreadable pictures, named, unless they are to be skipped; or
-        when none is readable.
+        At the first unreadable pictures, named, unless they are to be skipped; when
+        none is readable; or when they fit neither in memory nor on disk.
     """
     shape = (len(images), height, width, 3)
     size = int(np.prod(shape, dtype=np.int64))
+    pixels: np.ndarray
     if size > psutil.virtual_memory().available / 3:
-        logger.info("%.1f GiB of pictures: kept on disk, not in memory", size / 2**30)
+        folder = tempfile.gettempdir()
+        logger.info(
+            "%.1f GiB of pictures: kept in %s, not in memory", size / 2**30, folder
+        )
+        if size > shutil.disk_usage(folder).free:
+            raise InputError(
+                f"The decoded pictures need {size / 2**30:.1f} GiB, which neither the "
+                f"memory nor {folder} has free; set TMPDIR to a folder that has, or "
+                "choose a smaller --height and --width."
+            )
         with tempfile.TemporaryFile() as file:
             pixels = np.memmap(file, np.uint8, "w+", shape=shape)
     else:
@@ -106,7 +119,7 @@ def decode(
             broken[i] = error
 
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        for _ in pool.map(one, range(len(images)), chunksize=64):
+        for _ in pool.map(one, range(len(images))):
             pass
     tensor = torch.from_numpy(pixels)
     if not broken:
@@ -129,13 +142,22 @@ def decode(
     return tensor[: len(whole)], images.select(torch.tensor(whole))
 
 
+@lru_cache(maxsize=16)
+def _scale_and_shift(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return factor and summand of a row of `width` pixels, each FloatTensor [3·W].
+
+    Whole rows make long inner loops (4 times faster than three colours on a CPU),
+    and a GPU is not waited for to receive six numbers.
+    """
+    mean, std = torch.tensor([MEAN, STD], dtype=torch.float64).repeat(1, width)
+    return (1 / (255 * std)).float().to(device), (-mean / std).float().to(device)
+
+
 def normalise(pixels: Tensor) -> Tensor:
-    """Map uint8 [B, H, W, 3] to normalised float32 [B, 3, H, W] (channels last)."""
-    scale = 1 / (255 * torch.tensor(STD, device=pixels.device))
-    shift = -torch.tensor(MEAN, device=pixels.device) / torch.tensor(
-        STD, device=pixels.device
-    )
-    return torch.addcmul(shift, pixels.float(), scale).permute(0, 3, 1, 2)
+    """Map [B, H, W, 3] in 0..255 to normalised float32 [B, 3, H, W] (channels last)."""
+    scale, shift = _scale_and_shift(pixels.shape[2], pixels.device)
+    rows = pixels.flatten(2).to(torch.float32, copy=True)
+    return rows.mul_(scale).add_(shift).view(pixels.shape).permute(0, 3, 1, 2)
 
 
 def augment(
@@ -172,71 +194,64 @@ def augment(
         In the channels-last memory format.
     """
     batch, height, width, _ = pixels.shape
-    device = pixels.device
-    draw = torch.rand(batch, 12, generator=generator).to(device, non_blocking=True)
+    draw = torch.rand(batch, 12, generator=generator)
     border = round(pad * height)
 
-    # One gather does border, crop and flip: where each output pixel comes from.
-    rows = torch.arange(height, device=device)
-    columns = torch.arange(width, device=device)
-    down = (draw[:, 0] * (2 * border + 1)).long() - border
-    right = (draw[:, 1] * (2 * border + 1)).long() - border
-    flipped = draw[:, 2, None] < flip
-    columns = torch.where(flipped, width - 1 - columns, columns) + right[:, None]
-    rows = rows + down[:, None]
-    one = torch.arange(batch, device=device)[:, None, None]
-    moved = pixels[
-        one, rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None]
-    ]
-    outside = ((rows < 0) | (rows >= height))[:, :, None] | (
-        (columns < 0) | (columns >= width)
-    )[:, None]
-    moved.masked_fill_(outside[..., None], 0)
-
-    pictures = normalise(moved) if jitter == 0 else _jitter(moved, draw[:, 3:9], jitter)
+    # Slices, picture by picture: on a CPU several times faster than one gather.
+    framed = F.pad(pixels, (0, 0, border, border, border, border))
+    start = (draw[:, :2] * (2 * border + 1)).long().tolist()
+    flipped = (draw[:, 2] < flip).tolist()
+    moved = []
+    for picture, (top, left), mirror in zip(framed, start, flipped, strict=True):
+        window = picture[top : top + height, left : left + width]
+        moved.append(window.flip(1) if mirror else window)
+    changed = torch.stack(moved)
+    if jitter > 0:
+        changed = _jitter(changed, draw[:, 3:9].to(pixels.device), jitter)
+    pictures = normalise(changed)
     if erase > 0:
-        pictures.masked_fill_(_erased(pictures, erase, draw[:, 9:], generator), 0)
+        tries = torch.rand(batch, 10, 2, generator=generator)
+        boxes = _boxes(height, width, draw[:, 9:], tries, erase)
+        for picture, box in zip(pictures, boxes.tolist(), strict=True):
+            top, left, bottom, right = box
+            if bottom > top:
+                picture[:, top:bottom, left:right] = 0
     return pictures
 
 
 def _jitter(pixels: Tensor, draw: Tensor, strength: float) -> Tensor:
-    """Vary brightness, contrast, saturation and tint; normalise. `draw` is [B, 6]."""
-    factor = (1 + strength * (2 * draw - 1))[:, :, None, None]
-    x = pixels.float().permute(0, 3, 1, 2) / 255
-    x = x * factor[:, :1]
-    x = torch.lerp(x.mean(dim=(1, 2, 3), keepdim=True), x, factor[:, 1:2])
-    x = torch.lerp(x.mean(dim=1, keepdim=True), x, factor[:, 2:3])
-    x = (x * (1 + (factor[:, 3:] - 1) / 2)).clamp(0, 1)
-    mean, std = torch.tensor([MEAN, STD], device=x.device)[:, None, :, None, None]
-    return (x - mean) / std
+    """Vary brightness, contrast, saturation and tint; `draw` is [B, 6].
+
+    Maps [B, H, W, 3] in 0..255 to the same, as floats.
+    """
+    factor = (1 + strength * (2 * draw - 1))[:, None, None]
+    x = pixels * factor[..., :1]
+    x = torch.lerp(x.mean(dim=(1, 2, 3), keepdim=True), x, factor[..., 1:2])
+    x = torch.lerp(x.mean(dim=3, keepdim=True), x, factor[..., 2:3])
+    return (x * (1 + (factor[..., 3:] - 1) / 2)).clamp_(0, 255)
 
 
-def _erased(
-    pictures: Tensor, probability: float, draw: Tensor, generator: Generator
+def _boxes(
+    height: int, width: int, draw: Tensor, tries: Tensor, probability: float
 ) -> Tensor:
-    """Return the pixels to erase, bool [B, 1, H, W]. `draw` is [B, 3].
+    """Return what to erase in each picture: top, left, bottom, right, [B, 4].
 
     A rectangle of 2-40 % of the area and an aspect ratio of 0.3-3.3; the first of
-    ten tries that fits into the picture is taken, and none if none fits.
+    the `tries`, [B, T, 2], that fits into the picture is taken, and if none fits or
+    chance decides against it, an empty one. `draw` is [B, 3]; all are uniform.
     """
-    batch, _, height, width = pictures.shape
-    device = pictures.device
-    tries = torch.rand(batch, 10, 2, generator=generator).to(device, non_blocking=True)
     area = height * width * (0.02 + 0.38 * tries[..., 0])
     aspect = 0.3 + 3.0 * tries[..., 1]
     tall = (area * aspect).sqrt().round()
     wide = (area / aspect).sqrt().round()
     fits = (tall < height) & (wide < width)
-    first = fits.float().argmax(dim=1, keepdim=True)
-    tall, wide = tall.gather(1, first), wide.gather(1, first)
+    first = fits.long().argmax(dim=1, keepdim=True)
     happens = fits.any(dim=1, keepdim=True) & (draw[:, :1] < probability)
+    tall = tall.gather(1, first) * happens
+    wide = wide.gather(1, first) * happens
     top = (draw[:, 1:2] * (height - tall + 1)).floor()
     left = (draw[:, 2:3] * (width - wide + 1)).floor()
-    rows = torch.arange(height, device=device)
-    columns = torch.arange(width, device=device)
-    in_rows = (rows >= top) & (rows < top + tall) & happens
-    in_columns = (columns >= left) & (columns < left + wide)
-    return (in_rows[:, :, None] & in_columns[:, None, :])[:, None]
+    return torch.cat([top, left, top + tall, left + wide], dim=1).long()
 
 
 def proxy_batches(

@@ -131,7 +131,7 @@ NO_MARK, PANEL, PRINT_FRONT, PRINT_BACK, PRINT_BOTH, CUT = range(6)
 CAPSULE, CONE, BLOCK = range(3)
 PLANES = 10  # at most, of a block
 
-_jit: Any = partial(njit, cache=True, nogil=True)
+_jit: Any = partial(njit, cache=True, error_model="numpy")
 
 
 @_jit()
@@ -438,6 +438,9 @@ def _cast(
 
 
 # ---------------------------------------------------------------- bodies from parts
+_NO_PLANES = np.zeros((PLANES, 4))
+
+
 class _Parts:
     """Primitives of a scene, in the axes of the body: x right, y forward, z up."""
 
@@ -460,7 +463,7 @@ class _Parts:
         size = (ra * unit, rb * unit, squash, *side, CONE if flat else CAPSULE)
         ends = (*(np.asarray(a) * unit), *(np.asarray(b) * unit))
         self.rows.append((*ends, *size, clip * unit, local, unit))
-        self.planes.append(np.zeros((PLANES, 4)))
+        self.planes.append(_NO_PLANES)
         self.paints.append(paint)
 
     def block(self, outline: Any, half: float, lean: float, paint: np.ndarray) -> None:
@@ -501,7 +504,9 @@ class _Parts:
         x = r[:, 9:12] - (r[:, 9:12] * z).sum(1, keepdims=True) * z
         x[np.linalg.norm(x, axis=1) < 1e-3] = (0.31, 0.95, 0.1)  # only round ones
         x /= np.linalg.norm(x, axis=1, keepdims=True)
-        axes = np.stack([x, np.cross(z, x), z], 1)
+        after, before = [1, 2, 0], [2, 0, 1]
+        y = z[:, after] * x[:, before] - z[:, before] * x[:, after]
+        axes = np.stack([x, y, z], 1)
         own, block = r[:, 14, None, None] > 0, r[:, 12, None, None] == BLOCK
         texture = np.where(own, axes, np.eye(3))
         shift = np.where(own, -axes @ a[:, :, None], 0.0)
@@ -1130,7 +1135,8 @@ def render_dataset(
     key = hashlib.sha256(settings + Path(__file__).read_bytes()).hexdigest()[:16]
     folder = (cache or _cache_folder()) / f"{config.kind}-{key}"
     names = [f"{i:06d}.png" for i in range(len(rows))]
-    if not (folder / "images").is_dir():
+    if sum(1 for _ in folder.glob("images/*.png")) != len(rows):
+        shutil.rmtree(folder, ignore_errors=True)  # something tidied parts of it away
         with _unfinished(folder) as part:
             (part / "images").mkdir()
             job = partial(_render_file, config, height, width, part / "images")

@@ -1,0 +1,588 @@
+"""The command line: what it prints, what it writes, and with which code it ends."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+import o2cap
+from o2cap import cli, inference, trainer
+from o2cap.config import PRESETS
+from test_trainer import lines, outcome, snapshot
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures and their manifest; see :mod:`tiny`."""
+    folder = tmp_path_factory.mktemp("pictures") / "data"
+    tiny.write_pictures(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    output = tmp_path_factory.mktemp("run") / "run"
+    assert cli.main(training(folder / "manifest.csv", output)) == 0
+    return output
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def training(manifest: Path, output: Path, **changes: Any) -> list[str]:
+    given = ["train", "--dataset", "manifest", "--root", str(manifest)]
+    return [*given, "--output", str(output), *tiny.options(**changes)]
+
+
+Said = tuple[int, str, str]
+Command = Callable[..., Said]
+
+
+@pytest.fixture
+def o2cap_(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run a command in this process; return its code and what it said."""
+
+    def command(*words: object) -> Said:
+        capsys.readouterr()
+        try:
+            code: Any = cli.main([str(word) for word in words])
+        except SystemExit as end:
+            code = end.code
+        out, err = capsys.readouterr()
+        return int(code), out, err
+
+    return command
+
+
+def one_sentence(err: str) -> str:
+    """Return the message, which is all that was said to the person."""
+    (message,) = err.strip().splitlines()
+    assert message.startswith("o2cap: ") and message.endswith(".")
+    assert "Traceback" not in message
+    return message
+
+
+# ------------------------------------------------------------------------ help, presets
+
+
+def test_help_version_and_no_command() -> None:
+    """As a person types it, in a process of its own."""
+
+    def said(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "o2cap", *words], capture_output=True, text=True
+        )
+
+    version, usage = said("--version"), said("--help")
+    assert (version.returncode, version.stderr) == (0, "")
+    assert version.stdout == f"o2cap {o2cap.__version__}\n"
+    assert usage.returncode == 0
+    commands = ("train", "evaluate", "embed", "search", "cluster", "report", "data")
+    assert all(f"• {name} " in usage.stdout for name in commands)
+
+
+def test_every_command_explains_itself(o2cap_: Command) -> None:
+    for words in (
+        *(("train",), ("evaluate",), ("embed",), ("search",), ("cluster",)),
+        *(("report",), ("data",), ("data", "verify"), ("data", "sheet")),
+        ("data", "export"),
+    ):
+        code, out, _ = o2cap_(*words, "--help")
+        assert code == 0 and f"usage: o2cap {' '.join(words)}" in out
+    code, out, _ = o2cap_("train", "--help")
+    options = ("preset", "dataset", "root", "output", "seed", "epochs", "iterations")
+    options += ("weights", "backbone", "height", "width", "device", "workers")
+    for name in (*options, "method", "clustering.eps", "loss.temperature"):
+        assert f"--{name} " in out
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_shown_with_its_values(name: str, o2cap_: Command) -> None:
+    code, out, _ = o2cap_("train", "--preset", name, "--help")
+    assert code == 0
+    assert f"(default: {PRESETS[name].backbone})" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [
+        (("train", "--sede", "3"), "--seed"),
+        (("train", "--clustering.espilon", "1"), "--clustering.eps"),
+        (("train", "--optim.lr", "fast"), "--optim.lr"),
+        (("train", "--method", "onlin"), "online"),
+        (("search", "run", "a.png", "--gallery", "b", "--topp", "3"), "--top"),
+        (("trian",), "train"),
+        (("data", "shet"), "sheet"),
+    ],
+)
+def test_a_misspelt_word_is_refused_with_the_nearest(
+    words: tuple[str, ...], near: str, o2cap_: Command
+) -> None:
+    code, out, err = o2cap_(*words)
+    assert code == 2 and out == ""
+    assert near in err
+
+
+# ------------------------------------------------------------------------------ train
+
+
+def test_training_prints_the_run_directory(
+    run: Path, folder: Path, o2cap_: Command
+) -> None:
+    """And a finished run is not done again."""
+    before = snapshot(run)
+    code, out, _ = o2cap_(*training(folder / "manifest.csv", run))
+    assert (code, out) == (0, f"{run}\n")
+    assert snapshot(run) == before
+    assert (run / "model.safetensors").is_file()
+
+
+def test_options_and_python_are_one(
+    run: Path, folder: Path, tmp_path: Path, o2cap_: Command
+) -> None:
+    config = trainer.load(run / "config.yaml")
+    mine = tiny.config(run, preset="own", dataset="manifest", root=config.root)
+    assert config == mine
+
+
+def test_a_folder_per_camera_is_trained_on_without_identities(
+    folder: Path, tmp_path: Path, o2cap_: Command
+) -> None:
+    with (folder / "manifest.csv").open() as file:
+        for row in csv.DictReader(file):
+            if row["split"] == "train":
+                camera = tmp_path / f"cameras/cam{row['camid']}"
+                camera.mkdir(parents=True, exist_ok=True)
+                shutil.copy(folder / row["path"], camera)
+    words = training(tmp_path / "cameras", tmp_path / "run", epochs=1)
+    words[words.index("manifest")] = "folders"
+    code, out, _ = o2cap_(*words)
+    assert (code, out) == (0, f"{tmp_path / 'run'}\n")
+    (record,) = lines(tmp_path / "run")
+    assert record["clusters"] > 1 and "mAP" not in record and "ari" not in record
+    code, out, err = o2cap_("evaluate", tmp_path / "run")
+    assert (code, out) == (2, "") and "no query and no gallery" in one_sentence(err)
+
+
+def test_the_smoke_preset_end_to_end(tmp_path: Path, o2cap_: Command) -> None:
+    """The slow one: renders, starts warm, trains, evaluates."""
+    output = tmp_path / "run"
+    code, out, _ = o2cap_("train", "--preset", "smoke", "--output", output)
+    assert (code, out) == (0, f"{output}\n")
+    smoke = PRESETS["smoke"]
+    losses = [record["loss"] for record in lines(output, "warm_start.jsonl")]
+    assert len(losses) == smoke.warm_start.epochs
+    assert losses[-1] < losses[0]
+    history = lines(output)
+    assert [record["epoch"] for record in history] == list(range(smoke.epochs))
+    assert all(np.isfinite(r["loss"]) and r["clusters"] > 1 for r in history)
+    assert 0 < history[-1]["mAP"] <= 1
+    assert (output / "model.safetensors").is_file()
+
+
+# ---------------------------------------------------------------------------- bad input
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    with (folder / "manifest.csv").open() as file:
+        rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    for row in rows:
+        row["path"] = str(folder / row["path"])
+    return rows
+
+
+def missing(rows: list[dict[str, Any]], place: Path) -> None:
+    rows[7]["path"] = str(place / "nowhere.png")
+
+
+def unreadable(rows: list[dict[str, Any]], place: Path) -> None:
+    (place / "torn.png").write_bytes(Path(rows[7]["path"]).read_bytes()[:50])
+    rows[7]["path"] = str(place / "torn.png")
+
+
+def duplicate(rows: list[dict[str, Any]], place: Path) -> None:
+    rows.append(rows[0])
+
+
+def no_number(rows: list[dict[str, Any]], place: Path) -> None:
+    rows[4]["camid"] = "north gate"
+
+
+def leaving(rows: list[dict[str, Any]], place: Path) -> None:
+    (place.parent / "outside.png").write_bytes(Path(rows[0]["path"]).read_bytes())
+    rows[4]["path"] = "../outside.png"
+
+
+def no_query(rows: list[dict[str, Any]], place: Path) -> None:
+    rows[:] = [row for row in rows if row["split"] != "query"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (missing, "nowhere.png"),
+        (unreadable, "torn.png"),
+        (duplicate, "line 80"),
+        (no_number, "line 6: the camid 'north gate'"),
+        (leaving, "../outside.png leads out"),
+        (no_query, "has a gallery but no query"),
+    ],
+)
+def test_a_bad_manifest_is_refused(
+    spoil: Callable[[list[dict[str, Any]], Path], None],
+    named: str,
+    folder: Path,
+    tmp_path: Path,
+    o2cap_: Command,
+) -> None:
+    place = tmp_path / "data"
+    place.mkdir()
+    rows = rows_of(folder)
+    spoil(rows, place)
+    manifest = tiny.write_manifest(place / "manifest.csv", rows)
+    code, out, err = o2cap_(*training(manifest, tmp_path / "run"))
+    assert (code, out) == (2, "")
+    assert named in one_sentence(err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_header_is_refused(tmp_path: Path, o2cap_: Command) -> None:
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text("file,person,camera\na.png,1,2\n")
+    code, out, err = o2cap_(*training(manifest, tmp_path / "run"))
+    assert (code, out) == (2, "")
+    assert "split,path,pid,camid" in one_sentence(err)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("--preset", "marke1501"), "Did you mean market1501?"),
+        (("--dataset", "veri77"), "Did you mean veri776?"),
+        (("--dataset", "market1501", "--weights", "none"), "needs --root"),
+        (("--dataset", "msmt17", "--root", "/nowhere"), "/nowhere does not exist"),
+        (("--backbone", "resnet55"), "Did you mean resnet"),
+        (("--weights", "nowhere.pt"), "nowhere.pt does not exist"),
+        (("--epochs", "0"), "--epochs is 0"),
+        (("--clustering.eps", "nan"), "--clustering.eps is nan"),
+        (("--device", "abacus"), "--device abacus"),
+        (("--root", "/tmp"), "leave --root out"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(
+    words: tuple[str, ...],
+    named: str,
+    tmp_path: Path,
+    o2cap_: Command,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tiny_data = tiny.as_dataset(tmp_path, [])
+    monkeypatch.setattr(
+        "o2cap.data.synthetic.render_dataset", lambda *_, **__: tiny_data
+    )
+    monkeypatch.setattr(trainer, "check_parts", lambda _: None)
+    code, out, err = o2cap_("train", *words, "--output", tmp_path / "run")
+    assert (code, out) == (2, "")
+    assert named in one_sentence(err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_output_of_other_settings_is_refused(
+    run: Path, folder: Path, o2cap_: Command
+) -> None:
+    before = snapshot(run)
+    changed = {"seed": 4, "clustering.eps": 0.4}
+    code, out, err = o2cap_(*training(folder / "manifest.csv", run, **changed))
+    assert (code, out) == (2, "")
+    said = one_sentence(err)
+    assert "seed is 0 there and 4 here" in said
+    assert "clustering.eps is 0.5 there and 0.4 here" in said
+    assert snapshot(run) == before
+
+
+@pytest.mark.parametrize("damage", ["truncated", "of another model"])
+def test_a_bad_checkpoint_is_refused(
+    damage: str, run: Path, folder: Path, tmp_path: Path, o2cap_: Command
+) -> None:
+    half = Path(shutil.copytree(run, tmp_path / "half"))
+    (half / "summary.json").unlink()
+    path = half / "checkpoint.pt"
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:9999])
+    else:
+        state = torch.load(path, weights_only=True)
+        del state["model"]["bottleneck.weight"]
+        torch.save(state, path)
+    before = snapshot(half)
+    code, out, err = o2cap_(*training(folder / "manifest.csv", half))
+    assert (code, out) == (2, "")
+    assert "checkpoint.pt" in one_sentence(err)
+    assert snapshot(half) == before
+
+
+def test_a_fault_of_training_is_code_1(
+    folder: Path, tmp_path: Path, o2cap_: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def instance_loss(features: torch.Tensor, **_: Any) -> torch.Tensor:
+        return features.sum() * float("nan")
+
+    monkeypatch.setattr(trainer.losses, "instance_loss", instance_loss)
+    words = training(folder / "manifest.csv", tmp_path / "run")
+    code, out, err = o2cap_(*words)
+    assert (code, out) == (1, "")
+    assert "--warm-start.lr" in one_sentence(err.splitlines()[-1])
+
+
+# ------------------------------------------------------------------------- interruption
+
+
+def begin(words: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "o2cap", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_run_survives_kill_term_and_interrupt(folder: Path, tmp_path: Path) -> None:
+    """One run, stopped four times at moments of chance, equals one left alone."""
+    manifest, output = folder / "manifest.csv", tmp_path / "run"
+    longer: dict[str, Any] = {"epochs": 5, "iterations": 40}
+    longer |= {"warm-start.epochs": 3, "warm-start.iterations": 40}
+    words = training(manifest, output, **longer)
+    pause = random.Random(0)
+    for name, length, how, code, says in (
+        ("warm_start.jsonl", 1, signal.SIGKILL, -9, ""),
+        ("metrics.jsonl", 1, signal.SIGTERM, 143, "o2cap: terminated"),
+        ("metrics.jsonl", 2, signal.SIGINT, 130, "o2cap: interrupted"),
+        ("metrics.jsonl", 3, signal.SIGKILL, -9, ""),
+    ):
+        process = begin(words)
+        # A whole line is in place, since files are replaced, never written to.
+        while not (output / name).is_file() or len(lines(output, name)) < length:
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.01)
+        time.sleep(pause.uniform(0, 0.2))
+        process.send_signal(how)
+        out, err = process.communicate()
+        assert (process.returncode, out) == (code, "")
+        assert says in err and "Traceback" not in err
+        assert not (output / "summary.json").exists()
+    assert cli.main(words) == 0
+    assert cli.main(training(manifest, tmp_path / "whole", **longer)) == 0
+    assert outcome(output) == outcome(tmp_path / "whole")
+
+
+# --------------------------------------------------------------------- using the model
+
+
+def test_evaluate_repeats_the_last_epoch_exactly(run: Path, o2cap_: Command) -> None:
+    code, out, _ = o2cap_("evaluate", run, "--device", "cpu")
+    assert code == 0
+    final = lines(run)[-1]
+    metrics = json.loads(out)
+    assert metrics == {name: final[name] for name in metrics}
+    assert {"mAP", "rank1", "rank5", "rank10", "mINP"} == set(metrics)
+
+
+def test_evaluate_on_another_data_set(
+    run: Path, folder: Path, tmp_path: Path, o2cap_: Command
+) -> None:
+    """The same pictures elsewhere; then fewer of them."""
+    rows = rows_of(folder)
+    moved = tiny.write_manifest(tmp_path / "moved.csv", rows)
+    code, out, _ = o2cap_("evaluate", run, "--root", moved)
+    assert code == 0 and json.loads(out)["mAP"] == lines(run)[-1]["mAP"]
+    fewer = [r for r in rows if not (r["split"] == "gallery" and r["pid"] == "6")]
+    other = tiny.write_manifest(tmp_path / "fewer.csv", fewer)
+    code, out, _ = o2cap_("evaluate", run, "--dataset", "manifest", "--root", other)
+    assert code == 0 and json.loads(out)["mAP"] != lines(run)[-1]["mAP"]
+
+
+def test_evaluate_refuses_what_is_not_the_runs(
+    run: Path, folder: Path, tmp_path: Path, o2cap_: Command
+) -> None:
+    for where, named in (
+        (tmp_path, "no run directory"),
+        (tmp_path / "nowhere", "no run directory"),
+    ):
+        code, out, err = o2cap_("evaluate", where)
+        assert (code, out) == (2, "") and named in one_sentence(err)
+    # Trained from Python on pictures that its settings do not name.
+    data = tiny.as_dataset(folder, rows_of(folder))
+    other = tiny.as_dataset(folder, rows_of(folder)[:-1])
+    assert data.fingerprint() != other.fingerprint()
+    manifest = tiny.write_manifest(tmp_path / "m.csv", rows_of(folder)[:-1])
+    config = tiny.config(tmp_path / "run", dataset="manifest", root=manifest, epochs=1)
+    trainer.train(config, data)
+    code, out, err = o2cap_("evaluate", tmp_path / "run")
+    assert (code, out) == (2, "") and "other pictures" in one_sentence(err)
+
+
+def test_embed_then_search_and_cluster(
+    run: Path, folder: Path, tmp_path: Path, o2cap_: Command
+) -> None:
+    """Each equals the Python call of its name, and features serve as a gallery."""
+    pictures, features = folder / "pictures", tmp_path / "features.npz"
+    code, out, _ = o2cap_("embed", run, pictures, "-o", features)
+    assert (code, out) == (0, f"{features}\n")
+    embedding = inference.embed(run, pictures)
+    with np.load(features, allow_pickle=False) as kept:
+        assert len(kept["paths"]) == 78
+        assert np.array_equal(kept["features"], embedding.features.numpy())
+
+    query = pictures / "007.png"
+    drawn = tmp_path / "ranked.png"
+    words = ("search", run, query, "--top", 5, "--gallery")
+    code, out, _ = o2cap_(*words, features, "-o", drawn)
+    assert code == 0
+    found = json.loads(out)
+    assert found["query"] == str(query)
+    assert [match["rank"] for match in found["matches"]] == [1, 2, 3, 4, 5]
+    matches = inference.search(run, query, embedding, top=5).matches()
+    assert [m["path"] for m in found["matches"]] == [m.path for m in matches]
+    with Image.open(drawn) as picture:
+        assert picture.format == "PNG" and picture.width > 300
+    code, out, _ = o2cap_(*words, pictures)  # the folder itself, nothing drawn
+    assert code == 0 and json.loads(out) == found
+
+    table, sheets = tmp_path / "clusters.csv", tmp_path / "sheets"
+    words = ("cluster", run, features, "--output", table, "--sheets", sheets)
+    code, out, _ = o2cap_(*words)
+    counts = json.loads(out)
+    with table.open() as file:
+        clusters = [int(row["cluster"]) for row in csv.DictReader(file)]
+    assert code == 0 and clusters == inference.cluster(run, pictures).clusters.tolist()
+    assert counts == {
+        "pictures": 78,
+        "clusters": max(clusters) + 1,
+        "outliers": clusters.count(-1),
+    }
+    assert len(list(sheets.iterdir())) == counts["clusters"]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("embed", "{run}", "{pictures}", "-o", "{new}/f.txt"), "must end in .npz"),
+        (("embed", "{run}", "{new}/a.png", "-o", "{new}/f.npz"), "a.png"),
+        (("embed", "{new}", "{pictures}", "-o", "{new}/f.npz"), "no run directory"),
+        (
+            ("search", "{run}", "{one}", "--gallery", "{pictures}", "--top", "0"),
+            "--top is 0",
+        ),
+        (("search", "{run}", "{one}", "--gallery", "{new}/f.npz"), "f.npz"),
+        (
+            (
+                "search",
+                "{run}",
+                "{one}",
+                "--gallery",
+                "{pictures}",
+                "-o",
+                "{new}/r.gif",
+            ),
+            "must end in .png or .json or .csv",
+        ),
+        (("cluster", "{run}", "{pictures}", "-o", "{new}/c.png"), "must end in .csv"),
+        (("report", "{new}"), "no run directory"),
+        (("data", "sheet", "synthetik", "-o", "{new}/s.png"), "Did you mean synthetic"),
+        (("data", "verify", "manifest"), "needs --root"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(
+    words: tuple[str, ...],
+    named: str,
+    run: Path,
+    folder: Path,
+    tmp_path: Path,
+    o2cap_: Command,
+) -> None:
+    pictures, new = folder / "pictures", tmp_path / "new"
+    known = {"run": run, "pictures": pictures, "one": pictures / "001.png", "new": new}
+    before = snapshot(run)
+    code, out, err = o2cap_(*(word.format(**known) for word in words))
+    assert (code, out) == (2, "")
+    assert named in one_sentence(err)
+    assert not new.exists() and snapshot(run) == before
+
+
+def test_report_is_the_python_call(
+    run: Path, o2cap_: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Path, str]] = []
+
+    def report(run: Path, *, device: str) -> Path:
+        asked.append((run, device))
+        return run / "report.html"
+
+    monkeypatch.setattr("o2cap.report.report", report)
+    code, out, _ = o2cap_("report", run, "--device", "cpu")
+    assert (code, out) == (0, f"{run / 'report.html'}\n")
+    assert asked == [(run, "cpu")]
+
+
+def test_a_sheet_of_a_data_set(folder: Path, tmp_path: Path, o2cap_: Command) -> None:
+    drawn = tmp_path / "sheet.png"
+    words = ("data", "sheet", "manifest", "--root", folder / "manifest.csv")
+    code, out, _ = o2cap_(*words, "-o", drawn, "--split", "gallery")
+    assert (code, out) == (0, f"{drawn}\n")
+    with Image.open(drawn) as picture:
+        assert picture.format == "PNG"
+    anonymous = rows_of(folder)[:30]
+    for row in anonymous:
+        row |= {"pid": "", "split": "train"}
+    manifest = tiny.write_manifest(tmp_path / "m.csv", anonymous)
+    words = ("data", "sheet", "manifest", "--root", manifest)
+    code, out, _ = o2cap_(*words, "-o", drawn)
+    assert (code, out) == (0, f"{drawn}\n")
+    code, out, err = o2cap_(*words, "-o", drawn, "--split", "query")
+    assert (code, out) == (2, "") and "no query pictures" in one_sentence(err)
+
+
+def test_verify_counts(folder: Path, tmp_path: Path, o2cap_: Command) -> None:
+    words = ("data", "verify", "manifest", "--root")
+    code, out, _ = o2cap_(*words, folder / "manifest.csv")
+    assert code == 0 and "54" in out
+    rows = rows_of(folder)
+    rows[3]["path"] = "nowhere.png"
+    spoilt = tiny.write_manifest(tmp_path / "m.csv", rows)
+    code, out, err = o2cap_(*words, spoilt)
+    assert code == 2 and "nowhere.png" in out + err
+
+
+def test_standard_output_is_for_scripts(run: Path, tmp_path: Path) -> None:
+    """A process of its own, through the installed program."""
+    program = Path(sys.executable).with_name("o2cap")
+    words = ["evaluate", str(run)]
+    ended = subprocess.run([program, *words], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["mAP"] == lines(run)[-1]["mAP"]
+    ended = subprocess.run(
+        [program, *words[:1], "nowhere"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert one_sentence(ended.stderr) and os.listdir(tmp_path) == []

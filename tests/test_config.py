@@ -1,0 +1,409 @@
+"""Settings: presets, the command line, YAML, what is refused and how."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from o2cap.config import (
+    NO_INFLUENCE,
+    PRESETS,
+    AugmentConfig,
+    BatchConfig,
+    ClusteringConfig,
+    Config,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    WarmStartConfig,
+    load,
+    parse,
+    preset,
+)
+from o2cap.errors import InputError
+from o2cap.trainer import learning_rate
+
+# ------------------------------------------ presets
+
+
+def test_presets_carry_their_names() -> None:
+    assert {
+        "smoke",
+        "synthetic",
+        "market1501",
+        "dukemtmcreid",
+        "msmt17",
+        "veri776",
+    } <= (PRESETS.keys())
+    for name, config in PRESETS.items():
+        assert config.preset == name
+        assert preset(name) == config
+
+
+def test_the_papers_settings() -> None:
+    # METHOD, «Settings of the code» and the formulas; one line a number.
+    for name in ("market1501", "dukemtmcreid", "msmt17", "veri776"):
+        config = preset(name)
+        assert config.dataset == name
+        assert config.method == "both"
+        assert (config.backbone, config.weights) == ("resnet50", "torchvision")
+        assert config.model == ModelConfig(pooling="avg", last_stride=1)
+        assert (config.epochs, config.iterations) == (50, 400)
+        assert config.batch == BatchConfig(proxies=8, images=4)
+        assert config.optim.lr == 3.5e-4
+        assert config.optim.weight_decay == 5e-4
+        assert (config.clustering.k1, config.clustering.k2) == (20, 6)
+        assert (config.clustering.eps, config.clustering.min_samples) == (0.5, 4)
+        assert config.loss == LossConfig(
+            temperature=0.07,
+            momentum=0.2,
+            negatives=50,
+            positives=3,
+            balance=0.15,
+            reduction="camera_sum",
+        )
+        assert config.augment.flip == 0.5
+        assert config.augment.erase == 0.5
+        assert round(config.augment.pad * config.height) == 10
+    assert (preset("market1501").height, preset("market1501").width) == (256, 128)
+
+
+def test_learning_rate_is_the_papers() -> None:
+    config = preset("market1501")
+    rates = [learning_rate(config, epoch) for epoch in range(50)]
+    assert rates[0] == pytest.approx(0.01 * 3.5e-4)
+    # linear over ten epochs: 0.01 + 0.99 e / 10
+    for epoch in range(10):
+        assert rates[epoch] == pytest.approx((0.01 + 0.099 * epoch) * 3.5e-4)
+    assert rates[10:20] == pytest.approx([3.5e-4] * 10)
+    assert rates[20:40] == pytest.approx([3.5e-5] * 20)
+    assert rates[40:] == pytest.approx([3.5e-6] * 10)
+
+
+def test_learning_rate_scales_with_the_length() -> None:
+    config = preset("synthetic")  # 10 epochs: 2 of warm-up, a tenth from epoch 8
+    rates = [learning_rate(config, epoch) / 1e-3 for epoch in range(10)]
+    assert rates == pytest.approx([0.01, 0.505, *[1.0] * 6, 0.1, 0.1])
+
+
+def test_learning_rate_without_warm_up_or_milestones() -> None:
+    config = preset("smoke", optim=OptimConfig(lr=0.5, warmup=0, milestones=()))
+    assert [learning_rate(config, epoch) for epoch in range(4)] == [0.5] * 4
+
+
+def test_preset_with_changes_and_an_unknown_one() -> None:
+    config = preset("smoke", method="online", epochs=7)
+    assert (config.method, config.epochs) == ("online", 7)
+    assert config.iterations == PRESETS["smoke"].iterations
+    with pytest.raises(InputError, match=r"'smoek'.*Did you mean smoke\?"):
+        preset("smoek")
+
+
+# ------------------------------------------ the command line
+
+
+def test_no_argument_means_the_embedded_set() -> None:
+    assert parse([]) == preset("synthetic")
+
+
+def test_preset_by_name_and_any_setting_over_it(tmp_path: Path) -> None:
+    found = parse(
+        [
+            *("--preset", "market1501", "--root", str(tmp_path), "--method", "online"),
+            *("--clustering.eps", "0.6", "--loss.reduction", "mean", "--seed", "3"),
+            *("--optim.milestones", "0.5", "0.7", "0.9", "--skip-unreadable", "True"),
+        ]
+    )
+    base = preset("market1501")
+    assert found == replace(
+        base,
+        root=tmp_path,
+        method="online",
+        seed=3,
+        skip_unreadable=True,
+        clustering=replace(base.clustering, eps=0.6),
+        loss=replace(base.loss, reduction="mean"),
+        optim=replace(base.optim, milestones=(0.5, 0.7, 0.9)),
+    )
+
+
+def test_equals_sign_and_order_do_not_matter() -> None:
+    one = parse(["--preset=smoke", "--epochs=3"])
+    two = parse(["--epochs", "3", "--preset", "smoke"])
+    assert one == two == preset("smoke", epochs=3)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "base"),
+    [
+        ("msmt17", "msmt17"),
+        ("veri776", "veri776"),
+        ("synthetic-vehicles", "synthetic-vehicles"),
+        ("manifest", "own"),
+        ("folders", "own"),
+    ],
+)
+def test_a_data_set_brings_its_preset(dataset: str, base: str) -> None:
+    assert parse(["--dataset", dataset]) == preset(base, dataset=dataset)
+
+
+def test_a_preset_said_wins_over_the_data_sets() -> None:
+    found = parse(["--preset", "smoke", "--dataset", "manifest"])
+    assert found == preset("smoke", dataset="manifest")
+
+
+@pytest.mark.parametrize(
+    ("args", "near"),
+    [
+        (["--epoch", "3"], "--epochs"),
+        (["--clustering.esp", "0.4"], "--clustering.eps"),
+        (["--preset", "smoke", "--interations", "3"], "--iterations"),
+        (["--prest", "smoke"], "--preset"),
+        (["--methd", "both"], "--method"),
+    ],
+)
+def test_an_unknown_option_is_refused_with_the_nearest(
+    args: list[str], near: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(args)
+    assert caught.value.code == 2
+    said = capsys.readouterr()
+    assert near in said.err
+    assert said.out == ""
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--epochs", "many"],
+        ["--method", "none"],
+        ["--loss.reduction", "sum"],
+        ["--model.last-stride", "3"],
+        ["--epochs"],
+        ["--deterministic", "perhaps"],
+        ["stray"],
+    ],
+)
+def test_an_unreadable_value_ends_with_code_2(
+    args: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(args)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err
+
+
+def test_an_unknown_preset_is_refused_with_the_nearest() -> None:
+    with pytest.raises(InputError, match="Did you mean market1501"):
+        parse(["--preset", "market1502"])
+
+
+# ------------------------------------------ values with which nothing can work
+
+BAD: list[tuple[str, dict[str, Any]]] = [
+    ("--epochs", {"epochs": 0}),
+    ("--iterations", {"iterations": 0}),
+    ("--height", {"height": 15}),
+    ("--width", {"width": 0}),
+    ("--workers", {"workers": -1}),
+    ("--threads", {"threads": -2}),
+    ("--evaluate-every", {"evaluate_every": 0}),
+    ("--seed", {"seed": -1}),
+    ("--seed", {"seed": 2**31}),
+    ("--batch.proxies", {"batch": BatchConfig(proxies=0)}),
+    ("--batch.images", {"batch": BatchConfig(images=0)}),
+    ("--batch.proxies", {"batch": BatchConfig(proxies=1, images=1)}),
+    ("--clustering.k1", {"clustering": ClusteringConfig(k1=0)}),
+    ("--clustering.k2", {"clustering": ClusteringConfig(k2=0)}),
+    ("--clustering.eps", {"clustering": ClusteringConfig(eps=1.5)}),
+    ("--clustering.eps", {"clustering": ClusteringConfig(eps=float("nan"))}),
+    ("--clustering.min-samples", {"clustering": ClusteringConfig(min_samples=0)}),
+    ("--loss.temperature", {"loss": LossConfig(temperature=0.0)}),
+    ("--loss.temperature", {"loss": LossConfig(temperature=float("nan"))}),
+    ("--loss.temperature", {"loss": LossConfig(temperature=float("inf"))}),
+    ("--loss.momentum", {"loss": LossConfig(momentum=1.01)}),
+    ("--loss.balance", {"loss": LossConfig(balance=-0.1)}),
+    ("--loss.negatives", {"loss": LossConfig(negatives=-1)}),
+    ("--loss.positives", {"loss": LossConfig(positives=0)}),
+    ("--augment.flip", {"augment": AugmentConfig(flip=2.0)}),
+    ("--augment.pad", {"augment": AugmentConfig(pad=0.6)}),
+    ("--augment.erase", {"augment": AugmentConfig(erase=-1.0)}),
+    ("--optim.lr", {"optim": OptimConfig(lr=0.0)}),
+    ("--optim.lr", {"optim": OptimConfig(lr=-1e-3)}),
+    ("--optim.warmup", {"optim": OptimConfig(warmup=1.5)}),
+    ("--optim.weight-decay", {"optim": OptimConfig(weight_decay=-1.0)}),
+    ("--optim.milestones", {"optim": OptimConfig(milestones=(0.5, 40.0))}),
+    ("--warm-start.epochs", {"warm_start": WarmStartConfig(epochs=-1)}),
+    ("--warm-start.images", {"warm_start": WarmStartConfig(images=1)}),
+    ("--warm-start.iterations", {"warm_start": WarmStartConfig(iterations=0)}),
+    ("--warm-start.lr", {"warm_start": WarmStartConfig(lr=float("inf"))}),
+    ("--warm-start.temperature", {"warm_start": WarmStartConfig(temperature=-1.0)}),
+    ("--warm-start.jitter", {"warm_start": WarmStartConfig(jitter=1.1)}),
+]
+
+
+@pytest.mark.parametrize(("option", "change"), BAD)
+def test_a_bad_value_names_its_option(option: str, change: dict[str, Any]) -> None:
+    with pytest.raises(InputError) as caught:
+        preset("smoke", **change)
+    assert str(caught.value).startswith(f"{option} ")
+
+
+def test_bad_values_are_refused_on_the_command_line_and_in_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(["--epochs", "0"])
+    assert caught.value.code == 2
+    assert "--epochs is 0" in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text("loss: {momentum: 3.0}\n")
+    with pytest.raises(InputError, match=r"--loss\.momentum is 3"):
+        load(tmp_path / "config.yaml")
+
+
+# ------------------------------------------ YAML
+
+
+def round_trip(config: Config, folder: Path) -> Config:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config.to_dict()), encoding="utf-8")
+    return load(path)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_yaml(name: str, tmp_path: Path) -> None:
+    assert round_trip(preset(name), tmp_path) == preset(name)
+
+
+def test_unusual_values_survive_yaml(tmp_path: Path) -> None:
+    config = preset(
+        "own",
+        root=Path("a folder/with: signs #1 – ü.csv"),
+        output=Path("-out"),
+        backbone="1e3",
+        device="cuda:1",
+        skip_unreadable=True,
+        optim=OptimConfig(lr=1e-5, milestones=()),
+        loss=LossConfig(temperature=0.1 + 0.2),
+    )
+    assert round_trip(config, tmp_path) == config
+
+
+@settings(max_examples=25)
+@given(
+    lr=st.floats(1e-8, 10),
+    momentum=st.floats(0, 1),
+    milestones=st.lists(st.floats(0, 1), max_size=4),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_any_numbers_survive_yaml(
+    lr: float, momentum: float, milestones: list[float], seed: int, tmp_path_factory
+) -> None:
+    config = preset(
+        "market1501",
+        seed=seed,
+        optim=OptimConfig(lr=lr, milestones=tuple(milestones)),
+        loss=LossConfig(momentum=momentum),
+    )
+    assert round_trip(config, tmp_path_factory.mktemp("yaml")) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("epochs: [1, 2", "cannot be read"),
+        ("epochs: !!python/object/apply:os.mkdir ['RAN']\n", "cannot be read"),
+        ("- epochs\n- 3\n", "holds no settings"),
+        ("epochs\n", "holds no settings"),
+        ("", "holds no settings"),
+        ("epochz: 3\n", "--epochs"),
+        ("clustering: {esp: 0.4}\n", "--clustering.eps"),
+        ("clustering: 3\n", "clustering"),
+        ("epochs: many\n", "many"),
+        ("epochs: {a: 3}\n", "--epochs"),
+        ("epochs: [3, 4]\n", "4"),
+        ("method: null\n", "None"),
+        ("5: 3\n", "5"),
+        ("help: true\n", "help"),
+    ],
+)
+def test_other_yaml_is_refused(text: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text.replace("RAN", str(tmp_path / "ran")))
+    with pytest.raises(InputError) as caught:
+        load(path)
+    said = str(caught.value)
+    assert "config.yaml" in said
+    assert words in said
+    assert "\n" not in said
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_missing_or_binary_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none\.yaml"):
+        load(tmp_path / "none.yaml")
+    (tmp_path / "config.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(InputError, match=r"config\.yaml"):
+        load(tmp_path / "config.yaml")
+
+
+# ------------------------------------------ hash and directory
+
+
+def test_hash_ignores_what_cannot_change_a_result() -> None:
+    base = preset("smoke")
+    same: dict[str, Any] = {
+        "preset": "other",
+        "output": Path("elsewhere"),
+        "device": "cpu",
+        "workers": 3,
+        "threads": 1,
+        "evaluate_every": 1,
+    }
+    assert set(same) == set(NO_INFLUENCE)
+    for name, value in same.items():
+        assert getattr(base, name) != value
+        assert replace(base, **{name: value}).hash() == base.hash()
+
+
+def test_hash_sees_everything_else() -> None:
+    base = preset("smoke")
+    others: list[Config] = [
+        replace(base, **change)
+        for change in (
+            {"seed": 1},
+            {"method": "online"},
+            {"epochs": 5},
+            {"root": Path("a")},
+            {"loss": replace(base.loss, balance=0.2)},
+            {"clustering": replace(base.clustering, k2=5)},
+            {"augment": replace(base.augment, erase=0.4)},
+            {"synthetic": replace(base.synthetic, strength=0.5)},
+            {"precision": "off"},
+            {"optim": replace(base.optim, milestones=(0.8, 0.9))},
+        )
+    ]
+    hashes = {config.hash() for config in others} | {base.hash()}
+    assert len(hashes) == len(others) + 1
+    assert len(base.hash()) == 8
+
+
+def test_directory_is_the_one_given_or_named_after_the_settings() -> None:
+    config = preset("smoke", seed=4)
+    name = config.directory().name
+    assert config.directory().parent == Path("runs")
+    for part in ("synthetic", "both", "seed4", config.hash()):
+        assert part in name
+    assert preset("smoke", output=Path("x/y")).directory() == Path("x/y")
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(AttributeError):
+        preset("smoke").epochs = 3  # type: ignore[misc]
+    with pytest.raises(AttributeError):
+        preset("smoke").loss.momentum = 3  # type: ignore[misc]

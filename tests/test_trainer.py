@@ -1,0 +1,861 @@
+"""The trainer: run directory, exact resume, identities kept out, edge cases."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from o2cap import config as settings
+from o2cap import trainer
+from o2cap.config import BatchConfig, LossConfig, ModelConfig, WarmStartConfig
+from o2cap.data.images import ImageSet, ReIDDataset
+from o2cap.errors import InputError, TrainingError
+from o2cap.trainer import load_model, train
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> ReIDDataset:
+    folder = tmp_path_factory.mktemp("tiny") / "data"
+    return tiny.as_dataset(folder, tiny.write_pictures(folder))
+
+
+@pytest.fixture(scope="session")
+def whole(data: ReIDDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted."""
+    return train(tiny.config(tmp_path_factory.mktemp("whole") / "run"), data).directory
+
+
+def lines(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / name).read_text().splitlines()]
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """What two equal runs have in common, to the last bit."""
+    summary = json.loads((run / "summary.json").read_text())
+    summary["final"].pop("seconds")
+    labels = {
+        path.name: np.load(path)["clusters"].tobytes()
+        for path in sorted((run / "pseudo_labels").iterdir())
+    }
+    model = load_file(run / "model.safetensors")
+    return {
+        "weights": {name: value.numpy().tobytes() for name, value in model.items()},
+        "labels": labels,
+        "summary": summary | {"config_hash": None},
+        "warm start": lines(run, "warm_start.jsonl"),
+        "metrics": [
+            {k: v for k, v in line.items() if k != "seconds"} for line in lines(run)
+        ],
+    }
+
+
+def trained(run: Path) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """What training made: weights and pseudo labels."""
+    found = outcome(run)
+    return found["weights"], found["labels"]
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(epoch: int) -> Callable[[dict[str, Any]], None]:
+    def on_epoch(record: dict[str, Any]) -> None:
+        if record["epoch"] == epoch:
+            raise Stop
+
+    return on_epoch
+
+
+@pytest.fixture(scope="session")
+def _half(data: ReIDDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("half") / "run"
+    with pytest.raises(Stop):
+        train(tiny.config(run), data, on_epoch=stop_at(0))
+    return run
+
+
+@pytest.fixture
+def half(_half: Path, tmp_path: Path) -> Path:
+    """A run that was left after its first epoch, to do with as one likes."""
+    return Path(shutil.copytree(_half, tmp_path / "half"))
+
+
+# ------------------------------------------------------------------- the run directory
+
+
+def test_a_run_leaves_what_is_promised(whole: Path, data: ReIDDataset) -> None:
+    names = {str(path.relative_to(whole)) for path in whole.rglob("*")}
+    events = {name for name in names if name.startswith("events.out.tfevents")}
+    assert len(events) == 1
+    assert names - events == {
+        "config.yaml",
+        "environment.json",
+        "warm_start.jsonl",
+        "metrics.jsonl",
+        "pseudo_labels",
+        "pseudo_labels/epoch_000.npz",
+        "pseudo_labels/epoch_001.npz",
+        "checkpoint.pt",
+        "model.safetensors",
+        "summary.json",
+    }
+    assert settings.load(whole / "config.yaml") == tiny.config(whole)
+
+
+def test_a_line_per_epoch_holds_what_is_promised(whole: Path) -> None:
+    history = lines(whole)
+    assert [record["epoch"] for record in history] == [0, 1]
+    fractions = {"ari", "nmi", "v_measure", "purity", "mAP", "rank1", "rank5", "mINP"}
+    numbers = {"loss", "loss_offline", "loss_online", "lr", "cameras_per_cluster"}
+    counts = {"clusters", "outliers", "proxies", "proxies_visited"}
+    for record in history:
+        assert fractions | numbers | counts <= record.keys()
+        assert all(np.isfinite(record[name]) for name in fractions | numbers)
+        assert all(0 <= record[name] <= 1 for name in fractions)
+        assert record["loss"] == pytest.approx(
+            record["loss_offline"] + record["loss_online"]
+        )
+        assert set(record["seconds"]) == {"extract", "cluster", "train", "evaluate"}
+        name = whole / f"pseudo_labels/epoch_{record['epoch']:03d}.npz"
+        clusters = np.load(name, allow_pickle=False)["clusters"]
+        assert clusters.dtype == np.int64 and len(clusters) == 54
+        assert clusters.max() + 1 == record["clusters"]
+        assert (clusters < 0).sum() == record["outliers"]
+    assert [record["lr"] for record in history] == [1e-3, pytest.approx(1e-4)]
+
+
+def test_the_summary_is_of_the_last_epoch(whole: Path) -> None:
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["final"] == lines(whole)[-1]
+    assert summary["epochs"] == 2
+    assert set(summary["before"]) == {"mAP", "rank1", "rank5", "rank10", "mINP"}
+
+
+def test_the_environment_is_recorded(whole: Path, data: ReIDDataset) -> None:
+    facts = json.loads((whole / "environment.json").read_text())
+    assert facts["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert facts["seed"] == 0 and facts["device"] == "cpu" and facts["threads"] == 1
+    assert facts["counts"]["train"] == {"images": 54, "identities": 6, "cameras": 3}
+    assert facts["fingerprint"] == data.fingerprint()
+    assert facts["pseudo_labels"] is None
+
+
+def test_tensorboard_reads_the_curves(whole: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(whole)).Reload()
+    for name in ("loss", "clusters", "mAP", "lr"):
+        drawn = [(event.step, event.value) for event in events.Scalars(name)]
+        kept = [(record["epoch"], record[name]) for record in lines(whole)]
+        assert drawn == [(step, pytest.approx(value)) for step, value in kept]
+
+
+def test_the_result_is_the_run_directory(whole: Path, data: ReIDDataset) -> None:
+    result = train(tiny.config(whole), data)
+    assert result.directory == whole
+    assert result.history == lines(whole) and result.final == lines(whole)[-1]
+    assert not result.model.training
+    _, loaded = load_model(whole)
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, result.model.state_dict()[name])
+
+
+def test_a_finished_run_is_returned_at_once(
+    whole: Path, data: ReIDDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = snapshot(whole)
+    for name in ("decode", "load_configured", "extract", "find_clusters"):
+        monkeypatch.delattr(trainer, name)
+    assert train(tiny.config(whole), data).final == lines(whole)[-1]
+    assert train(tiny.config(whole)).final == lines(whole)[-1]
+    assert snapshot(whole) == before
+
+
+# ------------------------------------------------------------------------ exact resume
+
+
+def test_an_interrupted_run_ends_as_a_whole_one(
+    whole: Path, half: Path, data: ReIDDataset
+) -> None:
+    assert not (half / "summary.json").exists()
+    later: list[int] = []
+    with pytest.raises(Stop):  # again, after the last epoch
+        train(tiny.config(half), data, on_epoch=stop_at(1))
+    assert not (half / "summary.json").exists()
+    train(tiny.config(half), data, on_epoch=lambda record: later.append(1))
+    assert later == []  # nothing is done twice
+    assert outcome(half) == outcome(whole)
+
+
+def test_a_crash_at_any_write_is_made_good(
+    whole: Path, data: ReIDDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A life ends before each file that a run writes is in its place."""
+    config, replace_, unlink = tiny.config(tmp_path / "run"), os.replace, os.unlink
+    died: list[tuple[str, int]] = []
+    checkpoints = 0
+
+    def mortal(source: Any, target: Path) -> None:
+        nonlocal checkpoints
+        if (target.name, checkpoints) not in died:
+            died.append((target.name, checkpoints))
+            # As when killed: the temporary file stays behind.
+            monkeypatch.setattr(os, "unlink", lambda path: None)
+            raise Stop
+        replace_(source, target)
+        checkpoints += target.name == "checkpoint.pt"
+
+    monkeypatch.setattr(os, "replace", mortal)
+    for _ in range(50):
+        monkeypatch.setattr(os, "unlink", unlink)
+        try:
+            train(config, data)
+            break
+        except Stop:
+            assert any((tmp_path / "run").rglob(".*.part"))
+    assert len(died) == 15
+    assert outcome(tmp_path / "run") == outcome(whole)
+    assert not list((tmp_path / "run").rglob(".*"))
+
+
+def test_a_full_disk_is_said_and_harms_nothing(
+    whole: Path, half: Path, data: ReIDDataset
+) -> None:
+    before = snapshot(half)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"checkpoint\.pt cannot be written"):
+            train(tiny.config(half), data)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (
+        snapshot(half)[str(half / "checkpoint.pt")]
+        == before[str(half / "checkpoint.pt")]
+    )
+    train(tiny.config(half), data)
+    assert outcome(half) == outcome(whole)
+
+
+def test_another_number_of_workers_or_evaluations_changes_nothing(
+    whole: Path, data: ReIDDataset, tmp_path: Path
+) -> None:
+    run = train(tiny.config(tmp_path, workers=3, evaluate_every=7), data).directory
+    assert trained(run) == trained(whole)
+    assert "mAP" not in lines(run)[0]
+    assert lines(run)[1]["mAP"] == lines(whole)[1]["mAP"]
+
+
+def test_the_seed_decides(whole: Path, data: ReIDDataset, tmp_path: Path) -> None:
+    same = train(tiny.config(tmp_path / "same"), data).directory
+    other = train(tiny.config(tmp_path / "other", seed=1), data).directory
+    assert outcome(same) == outcome(whole)
+    assert trained(other)[0] != trained(whole)[0]
+
+
+def test_the_callers_state_comes_back(data: ReIDDataset, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    torch.set_num_threads(2)
+
+    def switches() -> tuple[Any, ...]:
+        return (
+            torch.get_num_threads(),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.backends.cudnn.benchmark,
+            torch.get_float32_matmul_precision(),
+            torch.is_grad_enabled(),
+        )
+
+    random, before = torch.get_rng_state(), switches()
+    changes = {"deterministic": True, "epochs": 1}
+    train(tiny.config(tmp_path / "a", **changes), data)
+    assert torch.equal(torch.get_rng_state(), random) and switches() == before
+    with pytest.raises(Stop):
+        train(tiny.config(tmp_path / "b", **changes), data, on_epoch=stop_at(0))
+    assert torch.equal(torch.get_rng_state(), random) and switches() == before
+
+
+# ------------------------------------------------------------------ identities kept out
+
+
+def with_pids(data: ReIDDataset, pids: Tensor | None) -> ReIDDataset:
+    return replace(data, train=replace(data.train, pids=pids))
+
+
+@pytest.mark.parametrize("kind", ["permuted", "unknown", "removed"])
+def test_identities_change_nothing(
+    kind: str, whole: Path, data: ReIDDataset, tmp_path: Path
+) -> None:
+    assert data.train.pids is not None
+    pids = {
+        "permuted": data.train.pids[torch.randperm(54)],
+        "unknown": torch.full((54,), -1),
+        "removed": None,
+    }[kind]
+    run = train(tiny.config(tmp_path), with_pids(data, pids)).directory
+    assert trained(run) == trained(whole)
+    quality = {"ari", "nmi", "purity"} & lines(run)[0].keys()
+    assert bool(quality) == (kind == "permuted")
+
+
+class Guarded(Tensor):
+    """Identities that nobody may look at but where `allowed` says so."""
+
+    allowed: list[str] = []  # noqa: RUF012  (the stack of those looking)
+    readers: set[str] = set()  # noqa: RUF012
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        harmless = (Tensor.dtype.__get__, Tensor.shape.__get__)  # type: ignore[attr-defined]
+        if func not in harmless:
+            if not cls.allowed:
+                raise AssertionError("identities were looked at")
+            cls.readers.add(cls.allowed[-1])
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def guard(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Guarded]]:
+    def allow(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def looking(*args: Any, **kwargs: Any) -> Any:
+            Guarded.allowed.append(name)
+            try:
+                return real(*args, **kwargs)
+            finally:
+                Guarded.allowed.pop()
+
+        monkeypatch.setattr(owner, name, looking)
+
+    # The record of the data, refusing unusable data, and measuring. No more.
+    for owner, name in (
+        (ReIDDataset, "fingerprint"),
+        (ReIDDataset, "counts"),
+        (trainer, "check_parts"),
+        (trainer, "clustering_quality"),
+        (trainer, "evaluate_retrieval"),
+    ):
+        allow(owner, name)
+    Guarded.readers.clear()
+    yield Guarded
+
+
+def guarded(images: ImageSet) -> ImageSet:
+    assert images.pids is not None
+    return replace(images, pids=images.pids.as_subclass(Guarded))
+
+
+def test_the_guard_bites(guard: type[Guarded], data: ReIDDataset) -> None:
+    pids = guarded(data.train).pids
+    assert pids is not None
+    for look in (
+        lambda: pids + 1,
+        lambda: pids[0],
+        lambda: pids.tolist(),
+        lambda: pids.numpy(),
+        lambda: pids == 3,
+        lambda: torch.zeros(9)[pids],
+    ):
+        with pytest.raises(AssertionError, match="looked at"):
+            look()
+
+
+@pytest.mark.parametrize("method", ["baseline", "both"])
+def test_training_looks_at_identities_only_to_measure(
+    method: Any, guard: type[Guarded], data: ReIDDataset, tmp_path: Path
+) -> None:
+    config = tiny.config(tmp_path, method=method)
+    train(config, replace(data, train=guarded(data.train)))
+    assert guard.readers == {"fingerprint", "counts", "clustering_quality"}
+
+
+def test_test_identities_only_reach_the_evaluation(
+    guard: type[Guarded], data: ReIDDataset, tmp_path: Path
+) -> None:
+    parts = {"query": guarded(data.query), "gallery": guarded(data.gallery)}
+    train(tiny.config(tmp_path), replace(data, **parts))
+    about = {"fingerprint", "counts", "check_parts"}
+    assert guard.readers == about | {"evaluate_retrieval"}
+
+
+# ------------------------------------------------------------------ labels given openly
+
+
+def test_given_labels_are_trained_with(data: ReIDDataset, tmp_path: Path) -> None:
+    assert data.train.pids is not None
+    labels = data.train.pids * 10  # gaps are no clusters
+    labels[:2] = -1
+    result = train(tiny.config(tmp_path / "run"), data, pseudo_labels=labels)
+    for record in result.history:
+        assert (record["clusters"], record["outliers"]) == (6, 2)
+        assert record["ari"] == 1 and record["proxies"] == 18
+    with np.load(tmp_path / "run/pseudo_labels/epoch_001.npz") as kept:
+        assert np.array_equal(kept["clusters"], labels.numpy())
+
+
+def test_given_labels_of_another_length_are_refused(
+    data: ReIDDataset, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="53 pseudo labels for 54"):
+        train(tiny.config(tmp_path / "run"), data, pseudo_labels=torch.zeros(53))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_mixed_with_one_on_given_labels(
+    whole: Path, data: ReIDDataset
+) -> None:
+    """The supervised bound never passes for the method, nor the reverse."""
+    before = snapshot(whole)
+    with pytest.raises(InputError, match="other pseudo labels"):
+        train(tiny.config(whole), data, pseudo_labels=data.train.pids)
+    assert snapshot(whole) == before
+
+
+def test_a_run_is_not_mixed_with_one_on_other_pictures(
+    whole: Path, half: Path, data: ReIDDataset
+) -> None:
+    fewer = replace(data, train=data.train.select(torch.arange(50)))
+    with pytest.raises(InputError, match="other pictures"):
+        train(tiny.config(whole), fewer)
+    with pytest.raises(InputError, match="other pictures"):
+        train(tiny.config(half), fewer)
+
+
+# ----------------------------------------------------------------- methods and settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"method": "baseline"}, {"loss_cluster"}),
+        ({"method": "intra"}, {"loss_intra"}),
+        ({"method": "offline"}, {"loss_offline"}),
+        ({"method": "online"}, {"loss_online"}),
+        (
+            {"loss": LossConfig(reduction="mean", negatives=0)},
+            {"loss_offline", "loss_online"},
+        ),
+        (
+            {"model": ModelConfig(pooling="gem"), "precision": "off"},
+            {"loss_offline", "loss_online"},
+        ),
+    ],
+)
+def test_every_method_runs(
+    changes: Any, names: set[str], data: ReIDDataset, tmp_path: Path
+) -> None:
+    result = train(tiny.config(tmp_path, **changes), data)
+    for record in result.history:
+        assert {name for name in record if name.startswith("loss_")} == names
+        assert all(np.isfinite(record[name]) for name in names)
+        assert record["loss"] == pytest.approx(sum(record[name] for name in names))
+    assert all(value.isfinite().all() for value in result.model.state_dict().values())
+
+
+def test_methods_differ(data: ReIDDataset, whole: Path, tmp_path: Path) -> None:
+    offline = train(tiny.config(tmp_path, method="offline"), data).directory
+    assert trained(offline)[0] != trained(whole)[0]
+
+
+@pytest.mark.parametrize("method", ["baseline", "both"])
+def test_only_the_baseline_is_blind_to_cameras(
+    method: Any, data: ReIDDataset, tmp_path: Path
+) -> None:
+    camids = data.train.camids[torch.randperm(54)] + 4
+    other = replace(data, train=replace(data.train, camids=camids))
+    one, two = (
+        train(tiny.config(tmp_path / name, method=method), given).directory
+        for name, given in (("one", data), ("two", other))
+    )
+    assert (trained(one)[0] == trained(two)[0]) == (method == "baseline")
+
+
+def test_the_warm_start_runs_from_random_weights_only(
+    data: ReIDDataset, tmp_path: Path
+) -> None:
+    first = train(tiny.config(tmp_path / "a", epochs=1), data).directory
+    assert len(lines(first, "warm_start.jsonl")) == 2
+    # torchvision's names: the weights of the backbone alone
+    state = {
+        name.removeprefix("backbone."): value
+        for name, value in load_file(first / "model.safetensors").items()
+        if name.startswith("backbone.")
+    }
+    torch.save(state, tmp_path / "weights.pt")
+    given = tiny.config(tmp_path / "b", epochs=1, weights=str(tmp_path / "weights.pt"))
+    assert not (train(given, data).directory / "warm_start.jsonl").exists()
+    off = tiny.config(tmp_path / "c", epochs=1, warm_start=WarmStartConfig(epochs=0))
+    assert not (train(off, data).directory / "warm_start.jsonl").exists()
+
+
+# ---------------------------------------------------------------- degenerate epochs
+
+
+@pytest.mark.parametrize(("label", "clusters"), [(-1, 0), (0, 1)])
+def test_an_epoch_with_nothing_to_tell_apart_is_skipped(
+    label: int,
+    clusters: int,
+    data: ReIDDataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    real, calls = trainer.find_clusters, 0
+
+    def first_degenerate(features: Tensor, config: settings.Config) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            return torch.full((len(features),), label)
+        return real(features, config)
+
+    monkeypatch.setattr(trainer, "find_clusters", first_degenerate)
+    result = train(tiny.config(tmp_path), data)
+    skipped, usual = result.history
+    assert skipped["skipped"] and skipped["clusters"] == clusters
+    assert "loss" not in skipped and skipped["mAP"] == result.before["mAP"]
+    assert usual["loss"] > 0 and "skipped" not in usual
+    assert f"epoch 0: {clusters} clusters in 54 pictures" in caplog.text
+
+
+def test_a_run_of_skipped_epochs_changes_no_weight(
+    data: ReIDDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        trainer, "find_clusters", lambda features, _: torch.full((len(features),), -1)
+    )
+    result = train(tiny.config(tmp_path), data)
+    start = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert start["optimizer"]["state"] == {}  # not one step
+    assert result.final["mAP"] == result.before["mAP"]
+
+
+def test_proxies_that_no_batch_reached_are_counted(
+    data: ReIDDataset, tmp_path: Path
+) -> None:
+    config = tiny.config(
+        tmp_path, epochs=1, iterations=2, batch=BatchConfig(proxies=2, images=2)
+    )
+    record = train(config, data).final
+    assert record["proxies_visited"] == 4 < record["proxies"]
+
+
+def test_one_camera_is_said_once_and_trained_on(
+    data: ReIDDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    alone = replace(data, train=replace(data.train, camids=torch.full((54,), 9)))
+    result = train(tiny.config(tmp_path), alone)
+    assert result.final["cameras_per_cluster"] == 1
+    assert result.final["proxies"] == result.final["clusters"]
+    assert result.final["loss"] > 0
+    assert caplog.text.count("camera-aware parts have nothing to do") == 1
+
+
+def test_two_cameras_and_a_gap_in_their_numbers(
+    data: ReIDDataset, tmp_path: Path
+) -> None:
+    camids = torch.where(data.train.camids == 1, 40, 2)
+    two = replace(data, train=replace(data.train, camids=camids))
+    assert train(tiny.config(tmp_path), two).final["loss"] > 0
+
+
+def empty(images: ImageSet) -> ImageSet:
+    return images.select(torch.zeros(0, dtype=torch.int64))
+
+
+def test_own_pictures_are_trained_on_and_not_evaluated(
+    data: ReIDDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "o2cap")
+    train_set = data.train.without_identities()
+    own = ReIDDataset("own", train_set, empty(data.query), empty(data.gallery))
+    result = train(tiny.config(tmp_path), own)
+    assert result.before == {}
+    assert result.final["clusters"] > 1 and result.final["loss"] > 0
+    assert not {"mAP", "rank1", "ari"} & result.final.keys()
+    assert "no mAP" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda d: replace(d, query=empty(d.query)), "has a gallery but no query"),
+        (lambda d: replace(d, gallery=empty(d.gallery)), "has a query but no gallery"),
+        (lambda d: replace(d, train=empty(d.train)), "no training pictures"),
+        (
+            lambda d: replace(d, query=d.query.without_identities()),
+            "no query has a picture of its identity",
+        ),
+        (
+            lambda d: replace(d, gallery=replace(d.gallery, pids=d.gallery.pids + 99)),
+            "no query has a picture of its identity",
+        ),
+        (
+            lambda d: replace(
+                d,
+                query=replace(d.query, camids=d.query.camids * 0),
+                gallery=replace(d.gallery, camids=d.gallery.camids * 0),
+            ),
+            "from another camera",
+        ),
+    ],
+)
+def test_data_that_cannot_be_used_are_refused_at_first(
+    make: Any, sentence: str, data: ReIDDataset, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=sentence):
+        train(tiny.config(tmp_path / "run"), make(data))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gallery_of_fewer_than_ten_pictures(
+    data: ReIDDataset, tmp_path: Path
+) -> None:
+    few = replace(data, gallery=data.gallery.select(torch.arange(7)))
+    final = train(tiny.config(tmp_path, epochs=1), few).final
+    assert final["rank10"] == 1 >= final["rank5"]
+
+
+# ------------------------------------------------------------------ unreadable pictures
+
+
+def breaking(images: ImageSet, folder: Path) -> ImageSet:
+    """Return the pictures with the third one damaged."""
+    broken = folder / "broken.png"
+    broken.write_bytes(Path(images.paths[2]).read_bytes()[:60])
+    return replace(images, paths=[*images.paths[:2], broken, *images.paths[3:]])
+
+
+@pytest.mark.parametrize("split", ["train", "query", "gallery"])
+def test_an_unreadable_picture_stops_the_run_before_it_begins(
+    split: str, data: ReIDDataset, tmp_path: Path
+) -> None:
+    broken = replace(data, **{split: breaking(getattr(data, split), tmp_path)})
+    with pytest.raises(InputError, match=r"broken\.png"):
+        train(tiny.config(tmp_path / "run"), broken)
+    assert not (tmp_path / "run").exists()
+
+
+def test_unreadable_pictures_are_left_out_where_told(
+    data: ReIDDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    parts = {name: breaking(images, tmp_path) for name, images in data.splits().items()}
+    config = tiny.config(tmp_path / "run", skip_unreadable=True)
+    train(config, replace(data, **parts))
+    with np.load(tmp_path / "run/pseudo_labels/epoch_001.npz") as kept:
+        assert len(kept["clusters"]) == 53
+    assert caplog.text.count("cannot be read and are left out") == 3
+
+
+# --------------------------------------------------------------------- a loss of NaN
+
+
+def test_a_loss_that_is_no_number_stops_with_the_last_checkpoint_whole(
+    whole: Path, half: Path, data: ReIDDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, real, calls = tiny.config(half), trainer.losses.offline_loss, 0
+
+    def offline(features: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        loss = real(features, *args, **kwargs)
+        return loss * float("nan") if calls == 2 else loss
+
+    monkeypatch.setattr(trainer.losses, "offline_loss", offline)
+    with pytest.raises(TrainingError) as caught:
+        train(config, data)
+    said = str(caught.value)
+    assert "nan in epoch 1, iteration 1" in said and said.count(".png") == 4
+    monkeypatch.undo()
+    assert [record["epoch"] for record in lines(half)] == [0]
+    train(config, data)
+    assert outcome(half) == outcome(whole)
+
+
+def test_a_warm_start_that_diverges_is_named(
+    data: ReIDDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def instance_loss(features: Tensor, **_: Any) -> Tensor:
+        return features.sum() * float("inf")
+
+    monkeypatch.setattr(trainer.losses, "instance_loss", instance_loss)
+    with pytest.raises(TrainingError, match=r"warm start's loss is .* in epoch 0"):
+        train(tiny.config(tmp_path / "run"), data)
+    assert not (tmp_path / "run/checkpoint.pt").exists()
+
+
+# ------------------------------------------------------- an output that cannot be used
+
+
+def test_other_settings_are_refused_and_named(whole: Path, data: ReIDDataset) -> None:
+    before = snapshot(whole)
+    changed = tiny.config(whole, seed=3, loss=LossConfig(temperature=0.1))
+    with pytest.raises(InputError) as caught:
+        train(changed, data)
+    said = str(caught.value)
+    assert "seed is 0 there and 3 here" in said
+    assert "loss.temperature is 0.07 there and 0.1 here" in said
+    assert "epochs" not in said
+    assert snapshot(whole) == before
+
+
+def test_what_has_no_influence_may_change(whole: Path, data: ReIDDataset) -> None:
+    changed = tiny.config(whole, workers=2, threads=2, evaluate_every=9)
+    assert train(changed, data).final == lines(whole)[-1]
+
+
+def test_a_run_is_not_resumed_against_the_callers_will(
+    whole: Path, data: ReIDDataset
+) -> None:
+    with pytest.raises(InputError, match="holds a run"):
+        train(tiny.config(whole), data, resume=False)
+
+
+def test_a_folder_of_other_files_is_left_alone(
+    data: ReIDDataset, tmp_path: Path
+) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="holds files but no run"):
+        train(tiny.config(tmp_path), data)
+    assert snapshot(tmp_path) == {str(tmp_path / "thesis.tex"): b"years of work"}
+
+
+def test_a_file_is_no_directory(data: ReIDDataset, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("a")
+    with pytest.raises(InputError, match="is a file"):
+        train(tiny.config(tmp_path / "file"), data)
+    with pytest.raises(InputError, match="cannot be written"):
+        train(tiny.config(tmp_path / "file/below"), data)
+    assert snapshot(tmp_path) == {str(tmp_path / "file"): b"a"}
+
+
+GARBLED = ["config.yaml", "environment.json", "summary.json", "metrics.jsonl"]
+
+
+@pytest.mark.parametrize("name", GARBLED)
+@pytest.mark.parametrize("content", [b"7", b"\xff\x00{", b"[1, 2"])
+def test_a_garbled_file_is_named(
+    name: str, content: bytes, whole: Path, data: ReIDDataset, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    (run / name).write_bytes(content)
+    with pytest.raises(InputError, match=name):
+        train(tiny.config(run), data)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbled", "empty", "a list"])
+def test_a_damaged_checkpoint_is_named(
+    damage: str, half: Path, data: ReIDDataset
+) -> None:
+    path = half / "checkpoint.pt"
+    content = path.read_bytes()
+    if damage == "a list":
+        torch.save([1, 2], path)
+    else:
+        path.write_bytes(
+            {"truncated": content[:5000], "garbled": b"x" * 900, "empty": b""}[damage]
+        )
+    before = snapshot(half)
+    with pytest.raises(InputError, match=r"checkpoint\.pt is damaged"):
+        train(tiny.config(half), data)
+    assert snapshot(half) == before
+
+
+def test_a_checkpoint_of_another_model_is_refused(
+    half: Path, data: ReIDDataset
+) -> None:
+    state = torch.load(half / "checkpoint.pt", weights_only=True)
+    state["model"]["pooling.p"] = torch.ones(())  # as of one with GeM pooling
+    torch.save(state, half / "checkpoint.pt")
+    with pytest.raises(InputError, match="another model"):
+        train(tiny.config(half), data)
+
+
+class Code:
+    """Runs when unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.target),)
+
+
+def test_code_in_a_checkpoint_is_refused_and_not_run(
+    half: Path, data: ReIDDataset, tmp_path: Path
+) -> None:
+    state = {"stage": "train", "epoch": 0, "model": Code(tmp_path / "executed")}
+    torch.save(state, half / "checkpoint.pt")
+    with pytest.raises(InputError, match="damaged or no checkpoint"):
+        train(tiny.config(half), data)
+    assert not (tmp_path / "executed").exists()
+    # The trap is real: an ordinary load springs it.
+    torch.load(half / "checkpoint.pt", weights_only=False)
+    assert (tmp_path / "executed").is_dir()
+
+
+def test_without_its_checkpoint_a_run_starts_again(
+    whole: Path, half: Path, data: ReIDDataset
+) -> None:
+    (half / "checkpoint.pt").unlink()
+    train(tiny.config(half), data)
+    assert outcome(half) == outcome(whole)
+
+
+def test_an_unknown_device_is_refused(data: ReIDDataset, tmp_path: Path) -> None:
+    for device in ("cuda:99", "abacus"):
+        with pytest.raises(InputError, match=f"--device {device} cannot be used"):
+            train(tiny.config(tmp_path / "run", device=device), data)
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------- weights for use
+
+
+def test_weights_that_cannot_be_used_are_named(
+    whole: Path, half: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="is not finished"):
+        load_model(half)
+    with pytest.raises(InputError, match="is no run directory"):
+        load_model(tmp_path)
+    content = (whole / "model.safetensors").read_bytes()
+    (half / "model.safetensors").write_bytes(content[:2000])
+    with pytest.raises(InputError, match=r"model\.safetensors cannot be read"):
+        load_model(half)
+    state = load_file(whole / "model.safetensors") | {"pooling.p": torch.ones(())}
+    save_file(state, half / "model.safetensors")
+    with pytest.raises(InputError, match="does not fit the backbone"):
+        load_model(half)
+
+
+def test_training_off_the_main_thread(
+    whole: Path, data: ReIDDataset, tmp_path: Path
+) -> None:
+    worker = threading.Thread(target=train, args=(tiny.config(tmp_path), data))
+    worker.start()
+    worker.join()
+    assert outcome(tmp_path) == outcome(whole)

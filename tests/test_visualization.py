@@ -1,0 +1,342 @@
+"""Figures: what they show is what they were given."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.colors import to_hex
+from PIL import Image
+from torch import Tensor
+
+from o2cap import visualization as viz
+from o2cap.data.images import ImageSet
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def colour(pid: int, camid: int, k: int) -> tuple[int, int, int]:
+    return (20 + 40 * pid, 30 + 50 * camid, 40 + 60 * k)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
+    """Plain pictures, each of its own colour: 4 identities, 3 cameras, 2 of each.
+
+    Identity 1 is never in camera 2.
+    """
+    folder = tmp_path_factory.mktemp("pictures")
+    rows = []
+    for pid in range(4):
+        for camid in range(3):
+            for k in range(2):
+                if (pid, camid) != (1, 2):
+                    path = folder / f"{pid}-{camid}-{k}.png"
+                    Image.new("RGB", (16, 32), colour(pid, camid, k)).save(path)
+                    rows.append((path, camid, pid))
+    paths, camids, pids = zip(*rows, strict=True)
+    return ImageSet(paths, torch.tensor(camids), torch.tensor(pids))
+
+
+def test_figures_show_themselves_and_leave_settings_alone(pictures: ImageSet) -> None:
+    before = dict(mpl.rcParams)
+    figure = viz.contact_sheet(pictures)
+    assert figure._repr_png_().startswith(PNG)
+    assert dict(mpl.rcParams) == before
+
+
+# ----------------------------------------------------------------------------- pictures
+
+
+def cells(sheet: np.ndarray, rows: int) -> list[list[tuple[int, ...]]]:
+    """Read the colours of a sheet's pictures from left to right, by row."""
+    height = len(sheet) // rows
+    found = []
+    for i in range(rows):
+        line = sheet[i * height + height // 2]
+        seen = [tuple(int(v) for v in pixel) for pixel in line]
+        changes = [a for a, b in zip(seen, [None, *seen], strict=False) if a != b]
+        found.append([c for c in changes if c != (255, 255, 255)])
+    return found
+
+
+def test_contact_sheet_lays_identities_out_by_camera(pictures: ImageSet) -> None:
+    (ax,) = viz.contact_sheet(pictures, limit=2).axes
+    expected = [
+        [colour(0, c, k) for c in range(3) for k in range(2)],
+        [colour(1, c, k) for c in range(2) for k in range(2)],
+    ]
+    assert cells(ax.images[0].get_array(), 2) == expected
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["0", "1"]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["0", "1", "2"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("camera", "identity")
+
+
+def test_contact_sheet_of_pseudo_labels(pictures: ImageSet) -> None:
+    assert pictures.pids is not None
+    labels = torch.where(pictures.pids == 3, 7, -1)
+    (ax,) = viz.contact_sheet(pictures, labels, per_camera=1, name="cluster").axes
+    assert cells(ax.images[0].get_array(), 1) == [[colour(3, c, 0) for c in range(3)]]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["7"]
+    assert ax.get_ylabel() == "cluster"
+
+
+def test_contact_sheet_needs_a_label(pictures: ImageSet) -> None:
+    with pytest.raises(ValueError, match="give rows"):
+        viz.contact_sheet(pictures.without_identities())
+    with pytest.raises(ValueError, match="give rows"):
+        viz.contact_sheet(pictures, torch.full((len(pictures),), -1))
+
+
+def frames(figure: viz.Figure) -> list[tuple[str, str]]:
+    """Return the colour of each frame, and the text below it, in drawing order."""
+    (ax,) = figure.axes
+    colours = [to_hex(patch.get_edgecolor()).upper() for patch in ax.patches]
+    return list(zip(colours, (t.get_text() for t in ax.texts), strict=True))
+
+
+def chosen(pictures: ImageSet, *pairs: tuple[int, int]) -> ImageSet:
+    """Return the first picture of each (identity, camera)."""
+    assert pictures.pids is not None
+    where = [
+        int(((pictures.pids == pid) & (pictures.camids == camid)).nonzero()[0])
+        for pid, camid in pairs
+    ]
+    return pictures.select(torch.tensor(where))
+
+
+def test_ranked_lists_order_mark_and_leave_out_the_own_camera(
+    pictures: ImageSet,
+) -> None:
+    query = chosen(pictures, (0, 0))
+    gallery = chosen(pictures, (0, 0), (1, 0), (0, 1), (2, 2), (0, 2))
+    assert gallery.pids is not None
+    gallery.pids[3] = -1  # neither right nor wrong
+    similarity = torch.tensor([[0.99, 0.9, 0.8, 0.7, 0.6]])
+    figure = viz.ranked_lists(query, gallery, similarity, top=4, notes=["AP 58 %"])
+    assert frames(figure) == [
+        ("#000000", "query\ncam 0"),
+        (viz.VERMILLION, "0.10 ✗\ncam 0"),
+        (viz.GREEN, "0.20 ✓\ncam 1"),
+        (viz.GREY, "0.30\ncam 2"),
+        (viz.GREEN, "0.40 ✓\ncam 2"),
+    ]
+    (ax,) = figure.axes
+    drawn = [colour(0, 0, 0), *(colour(p, c, 0) for p, c in ((1, 0), (0, 1), (2, 2)))]
+    height = len(ax.images[0].get_array())
+    row = [tuple(p) for p in ax.images[0].get_array()[height // 3].tolist()]
+    seen = list(dict.fromkeys(p for p in row if p != (255, 255, 255)))
+    assert seen == [*drawn, colour(0, 2, 0)]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["AP 58 %"]
+
+    everything = viz.ranked_lists(query, gallery, similarity, top=4, same_camera=True)
+    assert frames(everything)[1] == (viz.GREEN, "0.01 ✓\ncam 0")
+
+
+def test_ranked_lists_without_identities_have_no_marks(pictures: ImageSet) -> None:
+    bare = pictures.without_identities()
+    camids = torch.full_like(bare.camids, -1)
+    gallery = ImageSet(bare.paths, camids)
+    similarity = torch.rand(1, len(bare))
+    figure = viz.ranked_lists(
+        bare.select(torch.tensor([0])), gallery, similarity, top=3
+    )
+    found = frames(figure)[1:]
+    assert len(found) == 3
+    assert all(c == viz.GREY and not set(text) & set("✓✗") for c, text in found)
+
+
+def test_ranked_lists_refuse_a_similarity_of_another_shape(pictures: ImageSet) -> None:
+    with pytest.raises(ValueError, match=r"\[22, 22\]"):
+        viz.ranked_lists(pictures, pictures, torch.zeros(22, 21))
+
+
+# --------------------------------------------------------------------------------- maps
+
+
+def blobs(n: int = 12, groups: int = 3) -> tuple[Tensor, Tensor]:
+    """Return features of well separated groups, and the group of each."""
+    group = torch.arange(n * groups) % groups
+    features = torch.eye(16)[group] + 0.1 * torch.randn(n * groups, 16)
+    return torch.nn.functional.normalize(features), group
+
+
+@pytest.mark.parametrize("method", ["umap", "tsne"])
+def test_maps_keep_groups_together_and_repeat(method: str) -> None:
+    features, group = blobs()
+    placed = viz.project(features, method, seed=1)  # type: ignore[arg-type]
+    assert placed.coordinates.shape == (36, 2)
+    distance = np.linalg.norm(
+        placed.coordinates[:, None] - placed.coordinates[None], axis=2
+    )
+    np.fill_diagonal(distance, np.inf)
+    assert (group[distance.argmin(1)] == group).all()
+    assert placed.trustworthiness > 0.8
+    again = viz.project(features, method, seed=1)  # type: ignore[arg-type]
+    assert np.array_equal(placed.coordinates, again.coordinates)
+
+
+def test_a_map_needs_eight_pictures() -> None:
+    with pytest.raises(ValueError, match="8 pictures"):
+        viz.project(torch.eye(7))
+
+
+def test_a_map_marks_what_most_cameras_see(pictures: ImageSet) -> None:
+    assert pictures.pids is not None
+    placed = viz.Projection(np.random.rand(len(pictures), 2), "tsne", 0.9)
+    figure = viz.embedding_map(placed, pictures, limit=3)
+    left, right = figure.axes
+    sizes = {c.get_label(): len(c.get_offsets()) for c in left.collections}
+    assert sizes == {"other": 4, "0": 6, "2": 6, "3": 6}  # 1 is missing in a camera
+    looks = {
+        tuple(c.get_paths()[0].vertices[0])
+        for c in right.collections
+        if len(c.get_offsets())
+    }
+    assert len(looks) == 3  # markers, not colours alone
+    assert "0.90" in figure.get_suptitle()
+    mine = left.collections[1].get_offsets()
+    assert np.allclose(mine, placed.coordinates[(pictures.pids == 0).numpy()])
+    (only,) = viz.embedding_map(placed, pictures.without_identities()).axes
+    assert only.get_title() == "by camera"
+
+
+# ------------------------------------------------------------------------------- curves
+
+
+def history(scale: float = 1.0) -> list[dict[str, object]]:
+    records: list[dict[str, object]] = [
+        {"epoch": e, "clusters": 9 - e, "outliers": e, "loss": scale * (4 - e)}
+        for e in range(3)
+    ]
+    records[2]["mAP"] = 0.5
+    return records
+
+
+def test_curves_show_what_was_recorded_and_nothing_else() -> None:
+    axes = viz.training_curves(history()).axes
+    lines = {ax.get_title(): ax.get_lines()[0].get_xydata().tolist() for ax in axes}
+    assert lines == {
+        "clusters (number)": [[0, 9], [1, 8], [2, 7]],
+        "outliers (pictures)": [[0, 0], [1, 1], [2, 2]],
+        "loss (no unit)": [[0, 4], [1, 3], [2, 2]],
+        "mAP (%)": [[2, 50]],
+    }
+    assert all(ax.get_xlabel() == "epoch" for ax in axes)
+
+
+def test_curves_of_several_runs() -> None:
+    skipped = history(20)
+    del skipped[1]["loss"]  # an epoch that was skipped
+    figure = viz.training_curves({"one": history(), r"$\frac{costs": skipped})
+    panel = next(ax for ax in figure.axes if ax.get_title() == "loss / its first value")
+    first, second = panel.get_lines()
+    assert first.get_ydata().tolist() == [1, 0.75, 0.5]
+    assert second.get_xydata().tolist() == [[0, 1], [2, 0.5]]
+    assert first.get_marker() != second.get_marker()
+    assert [t.get_text() for t in figure.legends[0].get_texts()][1] == r"$\frac{costs"
+    assert figure.png().startswith(PNG)
+
+
+# ----------------------------------------------------------------------------- clusters
+
+labellings = st.integers(1, 12).flatmap(
+    lambda n: st.lists(
+        st.lists(st.integers(-1, 3), min_size=n, max_size=n), min_size=1, max_size=4
+    )
+)
+
+
+def dense(labels: list[int]) -> Tensor:
+    """Number clusters from 0 without gaps, as DBSCAN does; −1 stays."""
+    names = sorted(set(labels) - {-1})
+    return torch.tensor([names.index(c) if c >= 0 else -1 for c in labels])
+
+
+@given(labellings)
+def test_following_keeps_the_partition_and_shares_most(rows: list[list[int]]) -> None:
+    epochs = [dense(row) for row in rows]
+    named = viz.follow_clusters(epochs)
+    assert named[-1].tolist() == epochs[-1].tolist()
+    for labels, name in zip(epochs, named, strict=True):
+        pairs = set(zip(labels.tolist(), name.tolist(), strict=True))
+        old, new = zip(*pairs, strict=True)
+        assert len(set(old)) == len(set(new)) == len(pairs)
+        assert ((labels.numpy() < 0) == (name < 0)).all()
+    for labels, name, after in zip(epochs, named, named[1:], strict=False):
+        both = (name >= 0) & (after >= 0)
+        kept = int((name == after)[both].sum())
+        theirs = sorted(set(after.tolist()) - {-1})
+        n = int(labels.max()) + 1
+        targets = theirs + [-2] * n
+        best = max(
+            sum(
+                int(((labels.numpy() == c) & (after == target)).sum())
+                for c, target in enumerate(order)
+            )
+            for order in set(permutations(targets, n))
+        )
+        assert kept == best
+
+
+@given(labellings, st.permutations(range(4)))
+def test_fates_do_not_depend_on_cluster_numbers(
+    rows: list[list[int]], order: list[int]
+) -> None:
+    epochs = [dense(row) for row in rows]
+    found = viz.fates(epochs)
+    assert found.shape == (len(epochs) - 1, 5)
+    assert (found.sum(axis=1) == len(rows[0])).all()
+    inside = [int((e >= 0).sum()) for e in epochs]
+    assert (found[:, :3].sum(axis=1) == inside[1:]).all()
+    assert (found[:, [0, 1, 3]].sum(axis=1) == inside[:-1]).all()
+    renamed = [[order[c] if c >= 0 else -1 for c in row] for row in rows]
+    again = viz.fates([dense(row) for row in renamed])
+    assert again[:, 2:].tolist() == found[:, 2:].tolist()
+    if len(epochs) == 2:  # beyond two, equally good pairs may differ
+        assert again.tolist() == found.tolist()
+
+
+def test_fates_by_hand() -> None:
+    # two clusters merge (the larger lasts), one loses a picture, one gains one
+    before = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, -1, -1])
+    after = torch.tensor([5, 5, 5, 5, 5, 3, 3, -1, 3, -1])
+    assert viz.fates([before, after]).tolist() == [[5, 2, 1, 1, 1]]
+
+
+def test_cluster_flow_colours_by_hand() -> None:
+    epochs = [torch.tensor([1, 1, 0, -1, 2]), torch.tensor([0, 0, 0, 1, 1])]
+    top, bottom = viz.cluster_flow(epochs).axes
+    raster = bottom.images[0].get_array()
+    shown = [[to_hex(c).upper() for c in row] for row in raster]
+    first, second = viz.PALETTE[:2]
+    # cluster 0: two pictures were there already, one was elsewhere; then cluster 1
+    assert [row[1] for row in shown] == [first] * 3 + [second] * 2
+    assert sorted(row[0] for row in shown[:3])[0] == first
+    assert sum(row[0] == first for row in shown[:3]) == 2
+    assert sum(row[0] in viz.GREYS for row in shown[:3]) == 1
+    assert {row[0] for row in shown[3:]} == {"#FFFFFF", second}
+    assert [t.get_text() for t in bottom.get_yticklabels()] == ["0 (3)", "1 (2)"]
+    heights = [bar.get_height() for bar in top.patches]
+    assert heights == viz.fates(epochs)[0].tolist()
+
+
+def test_cluster_flow_of_one_epoch_and_of_none() -> None:
+    assert viz.cluster_flow([torch.tensor([0, 0, -1])]).png().startswith(PNG)
+    with pytest.raises(ValueError, match="no cluster"):
+        viz.cluster_flow([torch.tensor([0, 0]), torch.tensor([-1, -1])])
+
+
+def test_camera_spread_counts_by_hand() -> None:
+    camids = torch.tensor([0, 1, 2, 0, 0, 1, 1, 2])
+    first = torch.tensor([0, 0, 0, 1, 1, 2, 2, -1])  # three cameras, one, one
+    last = torch.tensor([0, 0, -1, 1, -1, 1, -1, -1])  # two, two
+    (ax,) = viz.camera_spread({"first": first, "last": last}, camids).axes
+    heights = [[int(b.get_height()) for b in bars] for bars in ax.containers]
+    assert heights == [[2, 0, 1], [0, 2]]
+    assert ax.get_xlabel() == "cameras in the cluster"
