@@ -31,6 +31,7 @@ import psutil
 import torch
 import tyro
 from sklearn.cluster import DBSCAN
+from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -166,11 +167,12 @@ def agreement(features: Tensor, sparse: Any, matrix: np.ndarray) -> dict[str, An
         core = np.zeros(len(labels), bool)
         core[judge.core_sample_indices_] = True
         found[f"eps {eps}"] = {
-            "core points differ": int((labels[core] != theirs[core]).sum()),
+            "labels of core points differ": int((labels[core] != theirs[core]).sum()),
             "outliers differ": int(((labels < 0) != (theirs < 0)).sum()),
             "border points elsewhere": int(
                 ((labels != theirs) & ~core & (labels >= 0) & (theirs >= 0)).sum()
             ),
+            "ARI": float(adjusted_rand_score(theirs, labels)),
         }
     return found
 
@@ -290,12 +292,19 @@ def print_comparison(result: dict[str, Any]) -> None:
     print(f"{'CPU seconds':18}" + "".join(f"{name:>12}" for name in seconds), end="")
     print(f"{'ratio':>12}{'(to eps)':>12}" if "dense" in seconds else "")
     for stage in (*STAGES, "after neighbours", "total"):
-        print(f"{stage:18}" + "".join(f"{t[stage]:12.3f}" for t in seconds.values()), end="")
+        print(
+            f"{stage:18}" + "".join(f"{t[stage]:12.3f}" for t in seconds.values()),
+            end="",
+        )
         if "dense" in seconds:
-            ratios = (result[f"dense / {name}"][stage] for name in ("whole", "up to eps"))
+            ratios = (
+                result[f"dense / {name}"][stage] for name in ("whole", "up to eps")
+            )
             print("".join(f"{r:11.1f}x" for r in ratios), end="")
         print()
-    print(f"{'peak GiB':18}" + "".join(f"{g:12.3f}" for g in result["peak GiB"].values()))
+    print(
+        f"{'peak GiB':18}" + "".join(f"{g:12.3f}" for g in result["peak GiB"].values())
+    )
     for name, value in result.get("agreement", {}).items():
         print(f"{name}: {value}")
 

@@ -56,7 +56,9 @@ def make_case(options: Options) -> tuple[Tensor, ...]:
     features = torch.nn.functional.normalize(features + centre[pids])
     q = options.queries
     parts = (features, pids, camids)
-    return tuple(half for part in parts for half in (part[:q].clone(), part[q:].clone()))
+    return tuple(
+        half for part in parts for half in (part[:q].clone(), part[q:].clone())
+    )
 
 
 def sorted_loops(case: tuple[Tensor, ...]) -> tuple[float, float, np.ndarray, float]:

@@ -368,7 +368,8 @@ def load(path: Path) -> Config:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(Config, args=list(_as_options(plain)), config=STYLE)
+            options = list(_as_options(plain))
+            return tyro.cli(Config, args=options, add_help=False, config=STYLE)
     except SystemExit as error:
         text = said.getvalue().partition("For full helptext")[0]
         text = re.sub(r"[^\w\s.,:;'\"()=/-]|[─│╭╮╰╯]", " ", text)

@@ -21,9 +21,9 @@ _CMC_RANKS = 50
 class RetrievalMetrics:
     """Means over the queries that have a match; fractions in 0..1."""
 
-    mAP: float  # noqa: N815  # the field's name for it
+    mAP: float
     cmc: np.ndarray  # float64 [R]; cmc[r - 1]: a match among the first r
-    mINP: float  # noqa: N815
+    mINP: float
     queries: int  # queries that were scored
     left_out: int  # queries without a match in the gallery
 
@@ -212,7 +212,9 @@ def _score_block(  # type: ignore[no-untyped-def]
             row = np.sort(row)
         total, rank = 0.0, 0
         for m, match in enumerate(matches):
-            reach = len(row) - np.searchsorted(row, match) if many else _count(row, match)
+            reach = (
+                len(row) - np.searchsorted(row, match) if many else _count(row, match)
+            )
             rank = m + 1 + reach - _count(own, match)
             total += (m + 1) / rank
             if m == 0:

@@ -146,8 +146,9 @@ def _checked(name: str, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Operand:
-    """``x``, centred: x_i . y_j = codes_i . codes_j * scale_i * scale_j + shift_i + shift_j.
+    """``x``, centred, in codes whose products give those of ``x`` and another y.
 
+    x_i . y_j = (codes_i . codes_j) * scale_i * scale_j + shift_i + shift_j.
     Centring on the features' mean keeps the coarse error proportional to the spread
     of the features, however narrow the cone they lie in.
     """
@@ -334,7 +335,9 @@ def _search(search: _Torch | _Faiss, k: int) -> tuple[Tensor, Tensor]:
     def rank(some: Tensor, coarse: Tensor, candidates: Tensor) -> None:
         # By index, then by similarity in a stable sort: ties to the smaller index.
         candidates, order = candidates.sort(1)
-        exact = _exact(search, some, candidates, coarse.gather(1, order) >= bar[some, None])
+        exact = _exact(
+            search, some, candidates, coarse.gather(1, order) >= bar[some, None]
+        )
         exact, order = exact.sort(dim=1, descending=True, stable=True)
         similarity[some] = exact[:, :k]
         index[some] = candidates.gather(1, order[:, :k])

@@ -796,7 +796,6 @@ class RunDirectory:
             self.warm_history = self._lines(
                 "warm_start.jsonl", last if stage == "warm start" else 10**9
             )
-        self.board = SummaryWriter(str(self.path), purge_step=len(self.history))
         return state
 
     def take_up(
@@ -841,7 +840,8 @@ class RunDirectory:
         with replacing(self.path / name) as path, path.open("wb") as file:
             np.savez_compressed(file, clusters=clusters.numpy())
         self._write_lines("metrics.jsonl", self.history)
-        assert self.board is not None  # restore() opened it
+        if self.board is None:
+            self.board = SummaryWriter(str(self.path), purge_step=record["epoch"])
         for key, value in record.items():
             if isinstance(value, int | float) and key != "epoch":
                 self.board.add_scalar(key, value, record["epoch"])

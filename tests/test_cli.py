@@ -20,11 +20,11 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from test_trainer import lines, outcome, snapshot
 
 import o2cap
 from o2cap import cli, inference, trainer
 from o2cap.config import PRESETS
-from test_trainer import lines, outcome, snapshot
 
 
 @pytest.fixture(scope="session")

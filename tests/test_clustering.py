@@ -153,7 +153,9 @@ def test_given_neighbours_are_used_and_checked():
     far[3, 4] = 60
     for bad in (far, -index, index.flip(1), index[:, :19], index[:50]):
         with pytest.raises(ValueError, match="neighbour"):
-            jaccard_distance(f, neighbours=(similarity[: len(bad), : bad.shape[1]], bad))
+            jaccard_distance(
+                f, neighbours=(similarity[: len(bad), : bad.shape[1]], bad)
+            )
     with pytest.raises(ValueError, match="one shape"):
         jaccard_distance(f, neighbours=(similarity[:, :25], index))
 

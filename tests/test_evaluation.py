@@ -109,9 +109,7 @@ def test_bounds_perfect_and_worst():
     assert perfect.mAP == perfect.mINP == perfect.cmc[0] == 1
     # All pictures at one point: every wrong one counts as ranked before the match.
     one = torch.ones(3, 3)
-    collapsed = evaluate_retrieval(
-        one, one, pid, pid, ints(0, 0, 0), ints(1, 1, 1)
-    )
+    collapsed = evaluate_retrieval(one, one, pid, pid, ints(0, 0, 0), ints(1, 1, 1))
     assert collapsed.cmc.tolist() == [0, 0, 1]
     assert math.isclose(collapsed.mAP, 1 / 3)
 
@@ -198,7 +196,14 @@ def test_quality_ignores_names_order_and_outliers(rows, random):
     renamed = torch.where(clusters < 0, clusters, 7 * (5 - clusters))
     a = clustering_quality(clusters, pids)
     b = clustering_quality(renamed[order], pids[order])
-    for name in ("ari", "nmi", "purity", "homogeneity", "completeness", "outlier_share"):
+    for name in (
+        "ari",
+        "nmi",
+        "purity",
+        "homogeneity",
+        "completeness",
+        "outlier_share",
+    ):
         np.testing.assert_allclose(getattr(a, name), getattr(b, name), atol=1e-12)
     scored = (clusters >= 0) & (pids >= 0)
     c = clustering_quality(clusters[scored], pids[scored])

@@ -177,7 +177,7 @@ def test_misuse_is_refused():
     for k in (0, 11):
         with pytest.raises(ValueError, match="k must be from 1 to the 10 rows"):
             nearest_neighbours(f, k)
-    with pytest.raises(ValueError, match="32 columns|columns"):
+    with pytest.raises(ValueError, match="queries have 5 columns, features 32"):
         nearest_neighbours(f, 2, f[:, :5])
     with pytest.raises(ValueError, match="not finite"):
         nearest_neighbours(f * float("nan"), 2)

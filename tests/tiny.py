@@ -120,8 +120,8 @@ def as_dataset(folder: Path, rows: list[dict[str, Any]]) -> ReIDDataset:
         mine = [row for row in rows if row["split"] == split]
         return ImageSet(
             paths=[folder / row["path"] for row in mine],
-            camids=torch.tensor([row["camid"] for row in mine]),
-            pids=torch.tensor([row["pid"] for row in mine]),
+            camids=torch.tensor([int(row["camid"]) for row in mine]),
+            pids=torch.tensor([int(row["pid"]) for row in mine]),
         )
 
     return ReIDDataset("tiny", part("train"), part("query"), part("gallery"))

@@ -71,7 +71,7 @@ CAMERA_AXES: dict[str, tuple[float, float]] = {
 }
 VEHICLE_ELEVATION = 12.0  # degrees by which traffic cameras look down more steeply
 HEADING = 25.0  # degrees: spread of the headings within a camera
-SCENERY = 0.5  # how far colours of walls and grounds depart from middle grey
+SCENERY = 0.42  # how far colours of walls and grounds depart from middle grey
 TURNED = 0.12  # probability of heading the other way
 PASSER_BY = 0.08  # probability that somebody else stands partly in the picture
 
