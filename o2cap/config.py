@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -20,7 +21,6 @@ from typing import Any, Literal
 import tyro
 import yaml
 
-from o2cap.data.synthetic import SyntheticConfig
 from o2cap.errors import InputError, unknown
 
 Method = Literal["baseline", "intra", "offline", "online", "both"]
@@ -124,6 +124,46 @@ class LossConfig:
     """Weight of the picture, against its proxy, when online positives are picked."""
     reduction: Reduction = "camera_sum"
     """Sum over cameras of each camera's mean (the public code's), or plain mean."""
+
+
+@dataclass(frozen=True)
+class SyntheticConfig:
+    """Settings of the embedded data set.
+
+    Raises
+    ------
+    InputError
+        For a setting that cannot be used, named.
+    """
+
+    kind: Literal["person", "vehicle"] = "person"
+    """What is rendered."""
+    identities: int = 100
+    """Training identities."""
+    test_identities: int = 60
+    """Identities to evaluate with; none of them is trained on."""
+    cameras: int = 6
+    """Number of cameras."""
+    images_per_camera: int = 4
+    """Pictures of an identity in a camera that it passes."""
+    presence: float = 0.6
+    """Probability that an identity passes a camera; each passes at least two."""
+    strength: float = 1.0
+    """Camera gap: 0 makes all cameras identical, 1 is the book's."""
+    seed: int | None = None
+    """Seed of identities, cameras and pictures; by default the one of the training."""
+
+    def __post_init__(self) -> None:
+        least = {"identities": 1, "test_identities": 0, "cameras": 1}
+        least |= {"images_per_camera": 2, "seed": 0, "strength": 0}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value < math.inf:
+                raise InputError(f"synthetic.{name} must be at least {low}: {value}")
+        if not 0 < self.presence <= 1:
+            raise InputError(f"synthetic.presence must lie in (0, 1]: {self.presence}")
+        if self.kind not in ("person", "vehicle"):
+            raise InputError(f"synthetic.kind must be person or vehicle: {self.kind}")
 
 
 @dataclass(frozen=True)

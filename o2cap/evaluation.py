@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numba
 import numpy as np
-import torch
 from sklearn.metrics import adjusted_rand_score, homogeneity_completeness_v_measure
 from torch import Tensor
 

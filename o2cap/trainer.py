@@ -125,7 +125,8 @@ def train(
             width=config.width,
             pooling=config.model.pooling,
             last_stride=config.model.last_stride,
-        ).to(hardware.device, memory_format=torch.channels_last)
+        ).to(hardware.device)
+        model = model.to(memory_format=torch.channels_last)
         pixels = hardware.place(pixels)
         run.begin(dataset, hardware, pseudo_labels)
         _announce(dataset, hardware, run, config)
@@ -914,7 +915,7 @@ def _fingerprint(labels: Tensor | None) -> str | None:
 
 def _differences(there: Config, here: Config) -> Iterator[tuple[str, Any, Any]]:
     def flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        found = {}
+        found: dict[str, Any] = {}
         for name, value in plain.items():
             if isinstance(value, dict):
                 found |= flat(value, f"{prefix}{name}.")
@@ -989,7 +990,7 @@ def load_model(directory: Path, device: str = "cpu") -> tuple[Config, ReIDModel]
             f"{path} does not fit the backbone {config.backbone} of config.yaml; "
             "both must come from one run."
         ) from error
-    return config, model.to(device, memory_format=torch.channels_last).eval()
+    return config, model.to(device).to(memory_format=torch.channels_last).eval()
 
 
 def load_configured(config: Config) -> ReIDDataset:

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from o2cap.config import SyntheticConfig
 from o2cap.data.benchmarks import READERS, read_dataset
 from o2cap.data.images import ImageSet, ReIDDataset
 from o2cap.errors import InputError, unknown
@@ -79,7 +80,7 @@ def _render(name: str, root: Path | None, options: dict[str, Any]) -> ReIDDatase
             f"The data set {name} is rendered, not read: leave --root out."
         )
     # Here, because the renderer compiles kernels that real data never need.
-    from o2cap.data.synthetic import SyntheticConfig, render_dataset
+    from o2cap.data.synthetic import render_dataset
 
     size = {"height": height, "width": width}
     known = [field.name for field in fields(SyntheticConfig)]

@@ -29,11 +29,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ from numba import njit
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from o2cap.config import SyntheticConfig
 from o2cap.data.images import ImageSet, ReIDDataset
 from o2cap.errors import InputError
 
@@ -74,46 +75,6 @@ HEADING = 25.0  # degrees: spread of the headings within a camera
 SCENERY = 0.42  # how far colours of walls and grounds depart from middle grey
 TURNED = 0.12  # probability of heading the other way
 PASSER_BY = 0.08  # probability that somebody else stands partly in the picture
-
-
-@dataclass(frozen=True)
-class SyntheticConfig:
-    """Settings of the embedded data set.
-
-    Raises
-    ------
-    InputError
-        For a setting that cannot be used, named.
-    """
-
-    kind: Literal["person", "vehicle"] = "person"
-    """What is rendered."""
-    identities: int = 100
-    """Training identities."""
-    test_identities: int = 60
-    """Identities to evaluate with; none of them is trained on."""
-    cameras: int = 6
-    """Number of cameras."""
-    images_per_camera: int = 4
-    """Pictures of an identity in a camera that it passes."""
-    presence: float = 0.6
-    """Probability that an identity passes a camera; each passes at least two."""
-    strength: float = 1.0
-    """Camera gap: 0 makes all cameras identical, 1 is the book's."""
-    seed: int = 0
-    """Seed of identities, cameras and pictures, not of the training."""
-
-    def __post_init__(self) -> None:
-        least = {"identities": 1, "test_identities": 0, "cameras": 1}
-        least |= {"images_per_camera": 2, "seed": 0, "strength": 0}
-        for name, low in least.items():
-            value = getattr(self, name)
-            if not low <= value < math.inf:
-                raise InputError(f"synthetic.{name} must be at least {low}: {value}")
-        if not 0 < self.presence <= 1:
-            raise InputError(f"synthetic.presence must lie in (0, 1]: {self.presence}")
-        if self.kind not in ("person", "vehicle"):
-            raise InputError(f"synthetic.kind must be person or vehicle: {self.kind}")
 
 
 # ------------------------------------------------------------- the compiled kernel
@@ -930,7 +891,7 @@ def render_image(
     uint8 array [height, width, 3]
         sRGB; depends on nothing but the arguments.
     """
-    kind, seed = config.kind, config.seed
+    kind, seed = config.kind, config.seed or 0
     look = _cameras(kind, seed, config.cameras, config.strength)[camera]
     who, person = _identity(kind, seed, split, number), kind == "person"
     track = np.random.default_rng([seed, 3, split, number, camera])
@@ -1070,14 +1031,14 @@ def _columns(config: SyntheticConfig) -> np.ndarray:
     rows = []
     for split, count in enumerate((config.identities, config.test_identities)):
         for number in range(count):
-            rng = np.random.default_rng([config.seed, 5, split, number])
+            rng = np.random.default_rng([config.seed or 0, 5, split, number])
             passes = np.flatnonzero(rng.random(config.cameras) < config.presence)
             if len(passes) < 2:
                 passes = rng.permutation(config.cameras)[:2]
             for camera in passes:
                 frames = range(config.images_per_camera)
                 rows += [(split, number, camera, frame) for frame in frames]
-    rng = np.random.default_rng([config.seed, 6])
+    rng = np.random.default_rng([config.seed or 0, 6])
     return rng.permutation(np.array(rows, np.int64))
 
 
