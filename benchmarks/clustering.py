@@ -265,12 +265,19 @@ def curve(options: Options) -> dict[str, Any]:
         features = clustered_features(
             n, options.dim, options.camera_gap, options.spread
         )
-        runs: list[Timings] = []
+        runs: list[tuple[Timings, Any, Tensor]] = []
         memory = [
-            peak_memory(lambda f=features, r=runs: r.append(ours(f, 1.0)[0]))  # type: ignore[misc]
+            peak_memory(lambda f=features, r=runs: r.append(ours(f, 1.0)))  # type: ignore[misc]
             for _ in range(options.repeats)
         ]
-        rows.append({"n": n, **_median(runs), "GiB": statistics.median(memory)})
+        rows.append(
+            {
+                "n": n,
+                **_median([run[0] for run in runs]),
+                "GiB": statistics.median(memory),
+                "entries per row": runs[0][1].nnz / n,
+            }
+        )
         print({k: round(v, 4) for k, v in rows[-1].items()})
     exponents = {
         name: float(

@@ -157,7 +157,8 @@ def build_model(
         classification model of torchvision.
     weights : str
         ``torchvision`` (downloads its own), ``none``, or a file: safetensors, or a
-        state dict that ``torch.save`` wrote.
+        state dict that ``torch.save`` wrote; of the backbone, or of a whole model as
+        a run directory holds it.
     height, width : int
         Size of the input in pixels.
     last_stride : 1 or 2
@@ -170,7 +171,10 @@ def build_model(
         size the backbone refuses, or GeM on a backbone that has no feature map.
     """
     network = _network(backbone)
-    _load_weights(network, backbone, weights)
+    state = _read_weights(backbone, weights)
+    whole = "bottleneck.weight" in state
+    if state and not whole:
+        _load_weights(network, backbone, weights, state)
     if isinstance(network, ResNet) and last_stride == 1:
         first = network.layer4[0]
         (first.conv2 if isinstance(first, Bottleneck) else first.conv1).stride = (1, 1)
@@ -192,7 +196,10 @@ def build_model(
         )
     else:
         pool = nn.Identity()
-    return ReIDModel(body, pool, shape[1]).train()
+    model = ReIDModel(body, pool, shape[1])
+    if whole:
+        _load_weights(model, backbone, weights, state)
+    return model.train()
 
 
 def _network(name: str) -> nn.Module:
@@ -228,13 +235,17 @@ def _without_classifier(network: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _load_weights(network: nn.Module, backbone: str, weights: str) -> None:
+def _read_weights(backbone: str, weights: str) -> dict[str, Tensor]:
     if weights == "none":
-        return
+        return {}
     if weights == "torchvision":
-        state = _download(backbone)
-    else:
-        state = read_state_dict(Path(weights))
+        return _download(backbone)
+    return read_state_dict(Path(weights))
+
+
+def _load_weights(
+    network: nn.Module, backbone: str, weights: str, state: dict[str, Tensor]
+) -> None:
     for pattern, name in _RENAMED:
         state = {pattern.sub(name, k): v for k, v in state.items()}
     state = {k: v for k, v in state.items() if k.split(".")[0] not in _CLASSIFIERS}

@@ -190,7 +190,8 @@ class Config:
     backbone: str = "resnet50"
     """tiny_resnet, resnet50_ibn_a, or any torchvision classification model."""
     weights: str = "torchvision"
-    """torchvision (its own, downloaded), none (then with a warm start), or a file."""
+    """torchvision (its own, downloaded), none (then with a warm start), or a file: of
+    the backbone, or of another run (its model.safetensors or start.safetensors)."""
     height: int = 256
     """Height of the network's input, in pixels."""
     width: int = 128

@@ -200,7 +200,7 @@ def embed(
             height=config.height,
             width=config.width,
             device=hardware.device,
-            precision=hardware.precision,
+            precision=hardware.extraction,
             progress=True,
         )
     return Embedding(images, features.cpu(), _fingerprint(run))

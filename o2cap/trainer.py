@@ -140,6 +140,7 @@ def train(
                 warm_start(model, pixels, config, hardware, run, state)
             before = evaluator.record(model)
             logger.info("before training: %s", _in_words(before))
+            run.keep_weights(model, "start.safetensors")
             progress: Metrics = {"stage": "train", "epoch": -1, "before": before}
             run.save(progress, model, optimizer, scaler)
         else:
@@ -684,8 +685,9 @@ class RunDirectory:
     ``config.yaml``; ``environment.json`` (versions, device, commit, data counts and
     fingerprint); ``metrics.jsonl`` (a line per epoch) and ``warm_start.jsonl``;
     ``pseudo_labels/epoch_NNN.npz``; ``checkpoint.pt`` (after every epoch, all that a
-    resumed run needs); ``model.safetensors`` and ``summary.json`` at the end;
-    TensorBoard events. Files are written whole or not at all.
+    resumed run needs); ``start.safetensors``, the weights before the first epoch;
+    ``model.safetensors`` and ``summary.json`` at the end; TensorBoard events. Files
+    are written whole or not at all.
     """
 
     def __init__(self, config: Config) -> None:
@@ -873,11 +875,15 @@ class RunDirectory:
         with replacing(self.path / "checkpoint.pt") as path:
             path.write_bytes(content.getbuffer())
 
-    def finish(self, model: ReIDModel, before: Metrics) -> None:
-        """Write the weights and the final metrics."""
+    def keep_weights(self, model: ReIDModel, name: str) -> None:
+        """Write the weights alone, in safetensors."""
         tensors = {k: v.contiguous().cpu() for k, v in model.state_dict().items()}
-        with replacing(self.path / "model.safetensors") as path:
+        with replacing(self.path / name) as path:
             path.write_bytes(safetensors.torch.save(tensors))
+
+    def finish(self, model: ReIDModel, before: Metrics) -> None:
+        """Write the trained weights and the final metrics."""
+        self.keep_weights(model, "model.safetensors")
         summary = {
             "final": self.history[-1],
             "before": before,
@@ -958,8 +964,17 @@ class RunResult:
         return self.history[-1]
 
 
-def load_model(directory: Path, device: str = "cpu") -> tuple[Config, ReIDModel]:
-    """Return the settings of a run and its trained model, in evaluation mode.
+def load_model(
+    directory: Path, weights: str = "model.safetensors"
+) -> tuple[Config, ReIDModel]:
+    """Return the settings of a run and its model, on the CPU, in evaluation mode.
+
+    Parameters
+    ----------
+    directory : Path
+        The run directory.
+    weights : str
+        ``model.safetensors``, trained, or ``start.safetensors``, before training.
 
     Raises
     ------
@@ -969,10 +984,10 @@ def load_model(directory: Path, device: str = "cpu") -> tuple[Config, ReIDModel]
     if not (directory / "config.yaml").is_file():
         raise InputError(f"{directory} is no run directory (it has no config.yaml).")
     config = load(directory / "config.yaml")
-    path = directory / "model.safetensors"
+    path = directory / weights
     if not path.is_file():
         raise InputError(
-            f"The run in {directory} is not finished (it has no model.safetensors); "
+            f"The run in {directory} is not finished (it has no {weights}); "
             "the same o2cap train command resumes it."
         )
     model = build_model(
@@ -990,7 +1005,7 @@ def load_model(directory: Path, device: str = "cpu") -> tuple[Config, ReIDModel]
             f"{path} does not fit the backbone {config.backbone} of config.yaml; "
             "both must come from one run."
         ) from error
-    return config, model.to(device).to(memory_format=torch.channels_last).eval()
+    return config, model.to(memory_format=torch.channels_last).eval()
 
 
 def load_configured(config: Config) -> ReIDDataset:

@@ -498,15 +498,7 @@ def test_embed_then_search_and_cluster(
         ),
         (("search", "{run}", "{one}", "--gallery", "{new}/f.npz"), "f.npz"),
         (
-            (
-                "search",
-                "{run}",
-                "{one}",
-                "--gallery",
-                "{pictures}",
-                "-o",
-                "{new}/r.gif",
-            ),
+            ("search", "{run}", "{one}", "--gallery", "{new}", "-o", "{new}/r.gif"),
             "must end in .png or .json or .csv",
         ),
         (("cluster", "{run}", "{pictures}", "-o", "{new}/c.png"), "must end in .csv"),
