@@ -349,30 +349,26 @@ def method_losses(
     """Return the losses that `config.method` adds up, by name."""
     settings = config.loss
     given = (features, proxy, centroids, proxies)
+    common: dict[str, Any] = {
+        "temperature": settings.temperature,
+        "reduction": settings.reduction,
+    }
     found = {}
     if config.method == "baseline":
         found["cluster"] = losses.cluster_loss(
             features, proxy, centroids, temperature=settings.temperature
         )
     if config.method == "intra":
-        found["intra"] = losses.intra_camera_loss(
-            *given, temperature=settings.temperature, reduction=settings.reduction
-        )
+        found["intra"] = losses.intra_camera_loss(*given, **common)
+    if config.method in ("offline", "online", "both"):
+        # one product with the whole memory serves both losses
+        common["similarity"] = losses.compare(features, centroids)
+        common["negatives"] = settings.negatives
     if config.method in ("offline", "both"):
-        found["offline"] = losses.offline_loss(
-            *given,
-            temperature=settings.temperature,
-            negatives=settings.negatives,
-            reduction=settings.reduction,
-        )
+        found["offline"] = losses.offline_loss(*given, **common)
     if config.method in ("online", "both"):
         found["online"] = losses.online_loss(
-            *given,
-            temperature=settings.temperature,
-            negatives=settings.negatives,
-            positives=settings.positives,
-            balance=settings.balance,
-            reduction=settings.reduction,
+            *given, **common, positives=settings.positives, balance=settings.balance
         )
     return found
 

@@ -566,3 +566,16 @@ def test_every_torchvision_model_has_weights_to_ask_for(
     )
     for name in torchvision.models.list_models(module=torchvision.models):
         assert len(_download(name)) == 1
+
+
+def test_weights_of_a_run_set_the_whole_model(tmp_path: Path) -> None:
+    trained = build_model("tiny_resnet", "none", height=32, width=16)
+    with torch.no_grad():
+        trained.bottleneck.running_mean.add_(1)
+    file = tmp_path / "model.safetensors"
+    save_file(trained.state_dict(), file)
+    again = build_model("tiny_resnet", str(file), height=32, width=16)
+    for name, value in trained.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    with pytest.raises(InputError, match=r"lacks entries .* pooling\.p"):
+        build_model("tiny_resnet", str(file), height=32, width=16, pooling="gem")

@@ -43,30 +43,32 @@ def lines(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / name).read_text().splitlines()]
 
 
-def outcome(run: Path) -> dict[str, Any]:
-    """What two equal runs have in common, to the last bit."""
-    summary = json.loads((run / "summary.json").read_text())
-    summary["final"].pop("seconds")
+def weights(path: Path) -> dict[str, bytes]:
+    return {name: value.numpy().tobytes() for name, value in load_file(path).items()}
+
+
+def trained(run: Path) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """What training made: weights and pseudo labels."""
     labels = {
         path.name: np.load(path)["clusters"].tobytes()
         for path in sorted((run / "pseudo_labels").iterdir())
     }
-    model = load_file(run / "model.safetensors")
+    return weights(run / "model.safetensors"), labels
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """What two equal runs have in common, to the last bit."""
+    summary = json.loads((run / "summary.json").read_text())
+    summary["final"].pop("seconds")
     return {
-        "weights": {name: value.numpy().tobytes() for name, value in model.items()},
-        "labels": labels,
-        "summary": summary | {"config_hash": None},
+        "trained": trained(run),
+        "start": weights(run / "start.safetensors"),
+        "summary": summary,
         "warm start": lines(run, "warm_start.jsonl"),
         "metrics": [
             {k: v for k, v in line.items() if k != "seconds"} for line in lines(run)
         ],
     }
-
-
-def trained(run: Path) -> tuple[dict[str, bytes], dict[str, bytes]]:
-    """What training made: weights and pseudo labels."""
-    found = outcome(run)
-    return found["weights"], found["labels"]
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -115,6 +117,7 @@ def test_a_run_leaves_what_is_promised(whole: Path, data: ReIDDataset) -> None:
         "pseudo_labels/epoch_000.npz",
         "pseudo_labels/epoch_001.npz",
         "checkpoint.pt",
+        "start.safetensors",
         "model.safetensors",
         "summary.json",
     }
@@ -232,7 +235,7 @@ def test_a_crash_at_any_write_is_made_good(
             break
         except Stop:
             assert any((tmp_path / "run").rglob(".*.part"))
-    assert len(died) == 15
+    assert len(died) == 16
     assert outcome(tmp_path / "run") == outcome(whole)
     assert not list((tmp_path / "run").rglob(".*"))
 
@@ -494,20 +497,16 @@ def test_only_the_baseline_is_blind_to_cameras(
 
 
 def test_the_warm_start_runs_from_random_weights_only(
-    data: ReIDDataset, tmp_path: Path
+    whole: Path, data: ReIDDataset, tmp_path: Path
 ) -> None:
-    first = train(tiny.config(tmp_path / "a", epochs=1), data).directory
-    assert len(lines(first, "warm_start.jsonl")) == 2
-    # torchvision's names: the weights of the backbone alone
-    state = {
-        name.removeprefix("backbone."): value
-        for name, value in load_file(first / "model.safetensors").items()
-        if name.startswith("backbone.")
-    }
-    torch.save(state, tmp_path / "weights.pt")
-    given = tiny.config(tmp_path / "b", epochs=1, weights=str(tmp_path / "weights.pt"))
-    assert not (train(given, data).directory / "warm_start.jsonl").exists()
-    off = tiny.config(tmp_path / "c", epochs=1, warm_start=WarmStartConfig(epochs=0))
+    """From the weights it led to, training does the same without it."""
+    assert len(lines(whole, "warm_start.jsonl")) == 2
+    start = whole / "start.safetensors"
+    assert weights(start) != weights(whole / "model.safetensors")
+    run = train(tiny.config(tmp_path / "a", weights=str(start)), data).directory
+    assert not (run / "warm_start.jsonl").exists()
+    assert trained(run) == trained(whole)
+    off = tiny.config(tmp_path / "b", epochs=1, warm_start=WarmStartConfig(epochs=0))
     assert not (train(off, data).directory / "warm_start.jsonl").exists()
 
 
@@ -673,8 +672,13 @@ def test_unreadable_pictures_are_left_out_where_told(
 # --------------------------------------------------------------------- a loss of NaN
 
 
+@pytest.mark.parametrize("number", ["nan", "inf"])
 def test_a_loss_that_is_no_number_stops_with_the_last_checkpoint_whole(
-    whole: Path, half: Path, data: ReIDDataset, monkeypatch: pytest.MonkeyPatch
+    number: str,
+    whole: Path,
+    half: Path,
+    data: ReIDDataset,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config, real, calls = tiny.config(half), trainer.losses.offline_loss, 0
 
@@ -682,13 +686,13 @@ def test_a_loss_that_is_no_number_stops_with_the_last_checkpoint_whole(
         nonlocal calls
         calls += 1
         loss = real(features, *args, **kwargs)
-        return loss * float("nan") if calls == 2 else loss
+        return loss * float(number) if calls == 2 else loss
 
     monkeypatch.setattr(trainer.losses, "offline_loss", offline)
     with pytest.raises(TrainingError) as caught:
         train(config, data)
     said = str(caught.value)
-    assert "nan in epoch 1, iteration 1" in said and said.count(".png") == 4
+    assert f"{number} in epoch 1, iteration 1" in said and said.count(".png") == 4
     monkeypatch.undo()
     assert [record["epoch"] for record in lines(half)] == [0]
     train(config, data)

@@ -197,15 +197,8 @@ def augment(
     draw = torch.rand(batch, 12, generator=generator)
     border = round(pad * height)
 
-    # Slices, picture by picture: on a CPU several times faster than one gather.
-    framed = F.pad(pixels, (0, 0, border, border, border, border))
-    start = (draw[:, :2] * (2 * border + 1)).long().tolist()
-    flipped = (draw[:, 2] < flip).tolist()
-    moved = []
-    for picture, (top, left), mirror in zip(framed, start, flipped, strict=True):
-        window = picture[top : top + height, left : left + width]
-        moved.append(window.flip(1) if mirror else window)
-    changed = torch.stack(moved)
+    start = (draw[:, :2] * (2 * border + 1)).long()
+    changed = _moved(pixels, border, start, draw[:, 2] < flip)
     if jitter > 0:
         changed = _jitter(changed, draw[:, 3:9].to(pixels.device), jitter)
     pictures = normalise(changed)
@@ -217,6 +210,23 @@ def augment(
             if bottom > top:
                 picture[:, top:bottom, left:right] = 0
     return pictures
+
+
+def _moved(pixels: Tensor, border: int, start: Tensor, mirror: Tensor) -> Tensor:
+    """Cut a window from each black-framed picture, and mirror some.
+
+    `start`, [B, 2], is the top left corner within the frame; `mirror` is bool [B].
+    Slices, picture by picture: on a CPU several times faster than one gather.
+    """
+    height, width = pixels.shape[1:3]
+    framed = F.pad(pixels, (0, 0, border, border, border, border))
+    windows = []
+    for picture, (top, left), flip in zip(
+        framed, start.tolist(), mirror.tolist(), strict=True
+    ):
+        window = picture[top : top + height, left : left + width]
+        windows.append(window.flip(1) if flip else window)
+    return torch.stack(windows)
 
 
 def _jitter(pixels: Tensor, draw: Tensor, strength: float) -> Tensor:
