@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numba
 import numpy as np
-from sklearn.metrics import adjusted_rand_score, homogeneity_completeness_v_measure
 from torch import Tensor
 
 from o2cap.errors import InputError
@@ -141,6 +140,9 @@ def clustering_quality(
     pids : int64 [N], negative where unknown (such images do not count in the scores)
     camids : int64 [N], optional
     """
+    # Here, because it takes a second to import, and most commands need none of it.
+    from sklearn.metrics import adjusted_rand_score, homogeneity_completeness_v_measure
+
     if len(pids) != len(clusters) or (
         camids is not None and len(camids) != len(clusters)
     ):

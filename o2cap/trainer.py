@@ -255,9 +255,9 @@ class Hardware:
         elif device.type == "cuda":
             precision = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
         else:
-            # Without such instructions the CPU emulates bf16, slower than float32.
-            fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-            precision = "bf16" if fast else "off"
+            # Without such instructions a CPU emulates bf16, slower than float32.
+            has = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+            precision = "bf16" if device.type == "cpu" and has() else "off"
         # With every core taken, threads that wait for each other collapse beside a
         # busy neighbour (measured on 2 cores: an epoch 60 s instead of 5 s).
         threads = config.threads or torch.get_num_threads()
