@@ -282,16 +282,16 @@ def _download(backbone: str) -> dict[str, Tensor]:
             f"torchvision has no weights for {backbone}; give a file with --weights "
             "FILE (safetensors or a state dict), or start from --weights none."
         )
+    choices = torchvision.models.get_model_weights(backbone)
+    choice = getattr(choices, "IMAGENET1K_V1", choices.DEFAULT)
     try:
-        choices = torchvision.models.get_model_weights(backbone)
-        choice = getattr(choices, "IMAGENET1K_V1", choices.DEFAULT)
         return choice.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except (OSError, HTTPException, RuntimeError, UnpicklingError) as error:
         raise InputError(
-            f"The ImageNet weights of {backbone} cannot be downloaded ({error}); on a "
-            "machine with internet fetch the file named in torchvision's model list, "
-            "copy it here and give it with --weights FILE, or start from --weights "
-            "none."
+            f"The ImageNet weights of {backbone} cannot be downloaded ({error}); "
+            f"fetch {choice.url} where there is internet, copy it here and give it "
+            "with --weights FILE, or start from --weights none, best with the small "
+            "--backbone tiny_resnet --height 64 --width 32."
         ) from error
 
 

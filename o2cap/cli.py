@@ -2,13 +2,14 @@
 
 What people read goes to standard error; standard output holds what a script wants:
 the run directory, a path, or JSON. Exit codes: 0 done, 2 the person's input, 1 a
-fault of ours, 130 and 143 interrupted.
+fault of ours, 130 and 143 interrupted, 141 nobody reads the output.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -49,6 +50,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except TrainingError as error:
         print(f"o2cap: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # as in o2cap train --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("o2cap: interrupted; the same command goes on.", file=sys.stderr)
         return 130
@@ -222,6 +226,8 @@ def cluster(
     from o2cap import inference
 
     _check_suffix(output, ".csv")
+    if sheets is not None:
+        inference.refuse_occupied(sheets)
     source = pictures[0] if len(pictures) == 1 else pictures
     found = inference.cluster(
         run, source, device=device, skip_unreadable=skip_unreadable

@@ -374,10 +374,7 @@ class Clustering:
         InputError
             When the folder holds something already, or cannot be written.
         """
-        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-            raise InputError(
-                f"{folder} is not empty; name a new folder for the sheets."
-            )
+        refuse_occupied(folder)
         number = int(self.clusters.max()) + 1
         for cluster in range(number):
             labels = torch.where(self.clusters == cluster, self.clusters, -1)
@@ -414,6 +411,12 @@ def cluster(
     config, _ = load_model(run)  # first, as it refuses a directory that is no run
     embedding = _embedded(run, pictures, device, skip_unreadable)
     return Clustering(embedding.images, find_clusters(embedding.features, config))
+
+
+def refuse_occupied(folder: Path) -> None:
+    """Raise InputError when `folder` holds something already."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise InputError(f"{folder} is not empty; name a new folder for the sheets.")
 
 
 def _as_csv(header: Sequence[str], rows: Iterable[Iterable[object]]) -> bytes:

@@ -96,11 +96,25 @@ def train(
         return run.result(load_model(run.path)[1])
     hardware = Hardware.choose(config)
     with hardware.in_force(config):
-        # -- data: decoded once; from here on, training has no identities
+        # -- data
         if dataset is None:
             dataset = load_configured(config)
             run.check_input(dataset, pseudo_labels)
         check_parts(dataset)
+
+        # -- model, before minutes of decoding: a download may fail
+        torch.manual_seed(config.seed)
+        model = build_model(
+            config.backbone,
+            config.weights,
+            height=config.height,
+            width=config.width,
+            pooling=config.model.pooling,
+            last_stride=config.model.last_stride,
+        ).to(hardware.device)
+        model = model.to(memory_format=torch.channels_last)
+
+        # -- pictures, decoded once; from here on, training has no identities
         pixels, train_set = decode(
             dataset.train,
             config.height,
@@ -115,18 +129,6 @@ def train(
                 "readable training pictures; give one for each."
             )
         evaluator = Evaluator(config, dataset, hardware)
-
-        # -- model
-        torch.manual_seed(config.seed)
-        model = build_model(
-            config.backbone,
-            config.weights,
-            height=config.height,
-            width=config.width,
-            pooling=config.model.pooling,
-            last_stride=config.model.last_stride,
-        ).to(hardware.device)
-        model = model.to(memory_format=torch.channels_last)
         pixels = hardware.place(pixels)
         run.begin(dataset, hardware, pseudo_labels)
         _announce(dataset, hardware, run, config)
@@ -139,7 +141,8 @@ def train(
             if config.weights == "none" and config.warm_start.epochs > 0:
                 warm_start(model, pixels, config, hardware, run, state)
             before = evaluator.record(model)
-            logger.info("before training: %s", _in_words(before))
+            if before:
+                logger.info("before training: %s", _in_words(before))
             run.keep_weights(model, "start.safetensors")
             progress: Metrics = {"stage": "train", "epoch": -1, "before": before}
             run.save(progress, model, optimizer, scaler)
@@ -1007,7 +1010,12 @@ def load_model(
 def load_configured(config: Config) -> ReIDDataset:
     """Return the data set that the settings name, the embedded one rendered."""
     if not config.dataset.startswith("synthetic"):
-        return load_dataset(config.dataset, config.root, strict=config.strict)
+        return load_dataset(
+            config.dataset,
+            config.root,
+            strict=config.strict,
+            skip_missing=config.skip_unreadable,
+        )
     options = asdict(config.synthetic)
     if options["seed"] is None:
         options["seed"] = config.seed

@@ -570,6 +570,19 @@ def test_manifest_missing_files_are_counted_and_the_first_named(
     )
 
 
+def test_manifest_missing_files_are_left_out_on_demand(
+    manifest: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = manifest(HEAD + A + "train,cam1/gone.jpg,1,0\n")
+    dataset = load_dataset("manifest", path, skip_missing=True)
+    assert [p.name for p in dataset.train.paths] == ["a.jpg"]
+    assert "do not exist: 1 (cam1/gone.jpg)" in caplog.text
+    assert "do not exist: 1" in verify_dataset("manifest", path).problems[0]
+    with pytest.raises(InputError, match=r"'tain'.*Did you mean train"):
+        wrong = manifest(HEAD + "tain,cam1/a.jpg,1,0\n")
+        load_dataset("manifest", wrong, skip_missing=True)
+
+
 def test_manifest_may_point_elsewhere_only_by_absolute_paths(
     manifest: Callable[..., Path], tmp_path: Path
 ) -> None:

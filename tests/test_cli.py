@@ -362,6 +362,8 @@ def in_a_process(words: list[str], said: Path) -> None:
     with said.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    # A shell starts background jobs, and so these tests there, deaf to SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     raise SystemExit(cli.main(words))
 
 
@@ -390,7 +392,7 @@ def test_a_run_survives_kill_term_and_interrupt(folder: Path, tmp_path: Path) ->
         time.sleep(pause.uniform(0, 0.2))
         os.kill(process.pid, how)
         process.join()
-        assert process.exitcode == code
+        assert process.exitcode == code, said.read_text()
         assert says in said.read_text() and "Traceback" not in said.read_text()
         assert not (output / "summary.json").exists()
     assert cli.main(words) == 0

@@ -11,15 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 
-from o2cap.config import (
-    BatchConfig,
-    ClusteringConfig,
-    Config,
-    WarmStartConfig,
-)
+from o2cap.config import ClusteringConfig
 from o2cap.data import load_dataset
 from o2cap.data.images import ImageSet
 from o2cap.errors import InputError
@@ -35,20 +31,9 @@ from o2cap.inference import (
 )
 from o2cap.trainer import find_clusters, load_model, train
 
-TINY = Config(
+TINY = tiny.config(
+    Path("run"),
     dataset="folders",
-    backbone="tiny_resnet",
-    weights="none",
-    device="cpu",
-    precision="off",
-    height=32,
-    width=16,
-    epochs=2,
-    iterations=3,
-    threads=1,
-    workers=1,
-    warm_start=WarmStartConfig(epochs=1, iterations=3, images=8),
-    batch=BatchConfig(proxies=4, images=2),
     clustering=ClusteringConfig(k1=6, k2=2, min_samples=2),
 )
 

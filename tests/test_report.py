@@ -16,34 +16,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
 from o2cap import report as module
 from o2cap import visualization
-from o2cap.config import (
-    BatchConfig,
-    ClusteringConfig,
-    Config,
-    WarmStartConfig,
-)
+from o2cap.config import ClusteringConfig
 from o2cap.errors import InputError
 from o2cap.report import report
 from o2cap.trainer import train
 
-TINY = Config(
-    backbone="tiny_resnet",
-    weights="none",
-    device="cpu",
-    precision="off",
-    height=32,
-    width=16,
-    epochs=2,
-    iterations=2,
-    threads=1,
-    workers=1,
-    evaluate_every=1,
-    warm_start=WarmStartConfig(epochs=1, iterations=2, images=8),
-    batch=BatchConfig(proxies=3, images=2),
+TINY = tiny.config(
+    Path("run"),
     clustering=ClusteringConfig(k1=6, k2=2, eps=0.7, min_samples=2),
 )
 HOSTILE = "<script>alert(1)</script>&\"'"

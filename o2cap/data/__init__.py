@@ -21,7 +21,12 @@ EMBEDDED = {"synthetic": ("person", 64, 32), "synthetic-vehicles": ("vehicle", 6
 
 
 def load_dataset(
-    name: str, root: Path | None = None, *, strict: bool = False, **options: Any
+    name: str,
+    root: Path | None = None,
+    *,
+    strict: bool = False,
+    skip_missing: bool = False,
+    **options: Any,
 ) -> ReIDDataset:
     """Load a data set by its name.
 
@@ -35,6 +40,9 @@ def load_dataset(
     strict : bool
         Whether a count of images, identities or cameras that differs from the
         published one is an error; it is a warning otherwise.
+    skip_missing : bool
+        Leave pictures out that a manifest names and that do not exist, with a
+        warning, instead of stopping.
     **options
         For msmt17 `val` (bool, True): train on the pictures of list_val.txt too. For
         the rendered sets the fields of `SyntheticConfig`, and `height`, `width`,
@@ -56,11 +64,12 @@ def load_dataset(
     if name not in READERS:
         raise InputError(unknown("The data set", name, [*EMBEDDED, *READERS]))
     reading = read_dataset(name, root, **options)
-    if reading.problems:
-        more = len(reading.problems) - 1
+    problems = reading.problems + ([] if skip_missing else reading.missing)
+    if problems:
+        more = len(problems) - 1
         rest = f" There are {more} more problems: o2cap data verify." if more else ""
-        raise InputError(reading.problems[0] + rest)
-    for note in reading.notes:
+        raise InputError(problems[0] + rest)
+    for note in reading.notes + reading.missing:
         logger.warning("%s", note)
     if differences := reading.differences():
         sentence = (

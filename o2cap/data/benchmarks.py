@@ -83,6 +83,9 @@ class Reading:
         Counts found, under the same keys and some more.
     problems : list of str
         Sentences, each a reason not to use the data as they are.
+    missing : list of str
+        A sentence on the pictures named that do not exist, which `dataset` leaves out;
+        a problem, unless they are to be skipped.
     notes : list of str
         Sentences on oddities that do not stand in the way.
     """
@@ -92,6 +95,7 @@ class Reading:
     found: dict[str, dict[str, int]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for split, counts in self.dataset.counts().items():
@@ -193,7 +197,7 @@ def verify_dataset(
         When the name or an option is unknown, or `root` does not hold the layout.
     """
     reading = read_dataset(name, root, **options)
-    problems = reading.problems + reading.differences()
+    problems = reading.problems + reading.missing + reading.differences()
     if pictures:
         parts = reading.dataset.splits().values()
         paths = list(dict.fromkeys(chain.from_iterable(part.paths for part in parts)))
@@ -541,13 +545,14 @@ def _manifest(path: Path) -> Reading:
         raise InputError(f"{path}, after line {line}: {error}.") from error
     if not seen:
         raise InputError(f"{path} holds no pictures, only a header.")
-    problems = _sentence(
+    absent = _sentence(
         f"Pictures named in {path} do not exist",
         missing,
-        f"relative paths start from {path.parent}, with / between folders",
+        f"relative paths start from {path.parent}, with / between folders (train "
+        "leaves them out with --skip-unreadable True)",
     )
     parts = [columns[split].images() for split in _SPLITS]
-    return Reading(ReIDDataset("manifest", *parts), problems=problems)
+    return Reading(ReIDDataset("manifest", *parts), missing=absent)
 
 
 def _whole(text: str, column: str, fail: Callable[[str], NoReturn]) -> int:
