@@ -158,7 +158,9 @@ def fetch_mathjax(folder: Path) -> bool:
     if hashlib.sha256(archive.read_bytes()).hexdigest() != MATHJAX_SHA256:
         raise BookError(f"{archive} is not the {MATHJAX} that is known here.")
     # Python 3.11.0-3.11.3 has no filter; the checksum vouches for the archive.
-    safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+    safe: dict[str, Any] = (
+        {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+    )
     with tarfile.open(archive) as tar:
         tar.extractall(cache, **safe)
     source, wanted = cache / "package" / "es5", cache / "wanted"
