@@ -1,5 +1,6 @@
 """The project's files agree with one another."""
 
+import json
 import re
 import subprocess
 import tomllib
@@ -221,3 +222,12 @@ def test_the_ledger_names_tests_that_exist() -> None:
         for file, test in named:
             text = (ROOT / "tests" / file).read_text(encoding="utf-8")
             assert re.search(rf"^def {test}\(", text, re.MULTILINE), (file, test)
+
+
+def test_records_hold_what_readers_of_them_rely_on() -> None:
+    records = sorted((ROOT / "reproduce/records").glob("*.json"))
+    assert records
+    for path in records:
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+            assert {"dataset", "method", "seed", "metrics", "versions"} <= set(row)
+            assert 0 <= row["metrics"]["mAP"] <= 1
