@@ -884,7 +884,7 @@ class RunDirectory:
         """Write the trained weights and the final metrics."""
         self.keep_weights(model, "model.safetensors")
         summary = {
-            "final": self.history[-1],
+            **self.history[-1],
             "before": before,
             "epochs": len(self.history),
             "config_hash": self.config.hash(),
