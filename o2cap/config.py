@@ -382,15 +382,6 @@ def starting_point(args: Sequence[str]) -> Config:
     return preset(name)
 
 
-def parse(args: Sequence[str]) -> Config:
-    """Return the settings that command-line options describe.
-
-    Ends the program with code 2 on an unknown option or an unreadable value, as tyro
-    does, having printed the nearest name.
-    """
-    return tyro.cli(Config, args=args, default=starting_point(args), config=STYLE)
-
-
 def load(path: Path) -> Config:
     """Return the settings that a run wrote to its ``config.yaml``.
 

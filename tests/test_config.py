@@ -1,10 +1,12 @@
 """Settings: presets, the command line, YAML, what is refused and how."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tyro
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from o2cap.config import (
     NO_INFLUENCE,
     PRESETS,
+    STYLE,
     AugmentConfig,
     BatchConfig,
     ClusteringConfig,
@@ -21,13 +24,18 @@ from o2cap.config import (
     OptimConfig,
     WarmStartConfig,
     load,
-    parse,
     preset,
+    starting_point,
 )
 from o2cap.errors import InputError
 from o2cap.trainer import learning_rate
 
 # ------------------------------------------ presets
+
+
+def parse(args: Sequence[str]) -> Config:
+    """Return the settings that options describe, as ``o2cap train`` reads them."""
+    return tyro.cli(Config, args=args, default=starting_point(args), config=STYLE)
 
 
 def test_presets_carry_their_names() -> None:

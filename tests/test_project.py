@@ -1,8 +1,11 @@
 """The project's files agree with one another."""
 
+import ast
+import importlib.metadata
 import json
 import re
 import subprocess
+import sys
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -231,3 +234,17 @@ def test_records_hold_what_readers_of_them_rely_on() -> None:
         for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
             assert {"dataset", "method", "seed", "metrics", "versions"} <= set(row)
             assert 0 <= row["metrics"]["mAP"] <= 1
+
+
+def test_the_package_imports_only_what_it_declares() -> None:
+    known = importlib.metadata.packages_distributions()
+    declared = {Requirement(d).name.lower() for d in PROJECT["dependencies"]}
+    for path in (ROOT / "o2cap").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module]
+            for top in {name.split(".")[0] for name in names} - {"o2cap"}:
+                if top not in sys.stdlib_module_names:
+                    made_by = {d.lower() for d in known[top]}
+                    assert made_by & declared, f"{path.name} imports {top}"
