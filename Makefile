@@ -8,7 +8,7 @@ PROFILE ?= cpu
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test lab lint format lock clean distclean
+.PHONY: help setup book test lab reproduce lint format lock accessibility clean distclean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sort \
@@ -31,12 +31,19 @@ test: setup lint ## lint, check types, run all tests
 lab: setup ## open the notebooks in JupyterLab
 	$(PY) -m jupyter lab book
 
+reproduce: setup ## run the grid again: records, tables, figures (minutes to hours)
+	.venv/bin/o2cap reproduce
+
+accessibility: ## check the built book's pages with axe, in Chromium
+	@$(PY) book/accessibility.py
+
 lint: setup ## ruff and mypy
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
 
-format: setup ## format the code and mend what ruff can mend
+format: setup ## format the code, mend what ruff can mend, clean the notebooks
+	$(PY) book/heads.py
 	$(PY) -m ruff check --fix
 	$(PY) -m ruff format
 

@@ -23,6 +23,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import papermill
 import yaml
 
@@ -187,6 +188,65 @@ def status_page(records: Mapping[str, Record]) -> str:
     )
 
 
+def with_run_time(copy: Path, record: Record) -> str:
+    """Return an executed notebook's text with its run time in the head."""
+    notebook = nbformat.read(copy, as_version=4)
+    title = notebook.cells[0]
+    line = (
+        f"**Run time.** {record['seconds']} s and {record['memory']} GiB here "
+        f"({record['machine']}, profile {record['profile']}; runs that an "
+        "earlier chapter trained were there). {doc}`status` tells of all."
+    )
+    end = re.compile(r"\n:::$", re.MULTILINE)
+    title.source, ends = end.subn(f"\n\n{line}\n:::", title.source, count=1)
+    if not ends:
+        raise BookError(f"{copy.name}: its first cell has no admonition")
+    # What papermill put in; the head tells the profile.
+    notebook.cells = [
+        cell
+        for cell in notebook.cells
+        if "injected-parameters" not in cell.metadata.get("tags", [])
+    ]
+    return nbformat.writes(notebook)
+
+
+def exercises_page() -> str:
+    """Return Markdown: a link to every exercise, by chapter."""
+    lines = [
+        "# Exercises\n",
+        "Each has a cell that checks your answer, and a solution to unfold.\n",
+    ]
+    for name in chapters():
+        notebook = ROOT / f"{name}.ipynb"
+        if not notebook.exists():
+            continue
+        labels = re.compile(r"^\((\S+-exercise-\d+)\)=\n+(.+)", re.MULTILINE)
+        found = labels.findall(
+            "\n".join(
+                cell.source
+                for cell in nbformat.read(notebook, as_version=4).cells
+                if cell.cell_type == "markdown"
+            )
+        )
+        if found:
+            lines.append(f"\n{{doc}}`/{name}`\n")
+        for label, statement in found:
+            title = re.sub(r"^#+ *|\*\*|[`$]", "", statement)
+            title = re.split(r"(?<=[.?!]) ", title)[0]
+            lines.append(f"- [{title}](#{label})")
+    return "\n".join(lines)
+
+
+def forget_runs(executed: Path, sources: str) -> None:
+    """Delete the runs that chapters share if what made them has changed."""
+    stamp = executed / "runs.digest"
+    if not stamp.exists() or stamp.read_text() != sources:
+        for settings in executed.glob("*/config.yaml"):
+            shutil.rmtree(settings.parent)
+        executed.mkdir(parents=True, exist_ok=True)
+        stamp.write_text(sources)
+
+
 def stage(records: Mapping[str, Record]) -> Path:
     """Lay the sources of all pages into ``_build/stage``."""
     folder = BUILD / "stage"
@@ -196,10 +256,12 @@ def stage(records: Mapping[str, Record]) -> Path:
     for name in chapters():
         if name in records:
             copy = BUILD / "executed" / f"{Path(name).name}.ipynb"
-            shutil.copy(copy, folder / f"{name}.ipynb")
+            text = with_run_time(copy, records[name])
+            (folder / f"{name}.ipynb").write_text(text)
         elif "/" not in name:  # CHANGELOG and the like
             shutil.copy(ROOT / f"{name}.md", folder)
     (folder / "book" / "status.md").write_text(status_page(records))
+    (folder / "book" / "exercises.md").write_text(exercises_page())
     shutil.copy(ROOT / "_toc.yml", folder)
 
     config = yaml.safe_load((ROOT / "_config.yml").read_text())
@@ -230,7 +292,7 @@ def outside_requests(html: Path) -> list[str]:
 def build_pages(folder: Path) -> Path:
     """Build the pages, unless the same sources have given those there."""
     html, stamp = BUILD / "html", BUILD / "html.digest"
-    key = digest(folder, sys.version)
+    key = digest(folder, ROOT / "o2cap", sys.version)
     if html.exists() and stamp.exists() and stamp.read_text() == key:
         return html
     # From scratch: sphinx tells the warnings of a changed page only.
@@ -262,6 +324,7 @@ def main() -> None:
     lock = ROOT / "requirements.lock"
     sources = digest(ROOT / "o2cap", records_of_results, lock, sys.version)
     executed = BUILD / "executed"
+    forget_runs(executed, sources)
     records: dict[str, Record] = {}
     failures = []
     for name in chapters():

@@ -293,7 +293,7 @@ def _opened(source: Path) -> Iterator[Callable[[], Iterator[Entry]]]:
 
             def from_zip() -> Iterator[Entry]:
                 for info in archive.infolist():
-                    if info.is_dir():
+                    if info.filename.endswith("/"):  # is_dir() fails on no name
                         continue
                     path = info.filename.replace("\\", "/")  # zips made on Windows
                     if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):

@@ -271,8 +271,6 @@ def _load_weights(
                 f"{what}, {len(names)} in all, for instance {min(names)}."
             )
     for name in common:
-        if not torch.isfinite(state[name]).all():
-            raise InputError(f"The weights {weights} hold NaN or infinity in {name}.")
         mine[name].copy_(state[name])
 
 
@@ -295,6 +293,15 @@ def _download(backbone: str) -> dict[str, Tensor]:
         ) from error
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a tensor that holds its real numbers one by one."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and not (value.is_quantized or value.is_complex() or value.is_meta)
+    )
+
+
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a weights file, without running any code in it.
 
@@ -308,7 +315,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Raises
     ------
     InputError
-        When the file is missing, damaged, or more than a dictionary of tensors.
+        When the file is missing, damaged, more than a dictionary of tensors, or holds
+        NaN or infinity.
     """
     if not path.is_file():
         raise InputError(f"The weights file {path} does not exist.")
@@ -330,7 +338,12 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(
-        isinstance(value, Tensor) for value in state.values()
+        isinstance(name, str) and _is_plain(value) for name, value in state.items()
     ):
         raise InputError(f"The weights file {path} is no dictionary of tensors.")
+    for name, value in state.items():
+        if not value.float().isfinite().all():
+            raise InputError(
+                f"The weights file {path} holds NaN or infinity in {name}."
+            )
     return {name.removeprefix("module."): value for name, value in state.items()}

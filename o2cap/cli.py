@@ -1,7 +1,8 @@
 """The command line. Each command is the Python call of the same name.
 
 What people read goes to standard error; standard output holds what a script wants:
-the run directory, a path, or JSON. Exit codes: 0 done, 2 the person's input, 1 a
+the run directory, a path, or JSON. Of several processes that torchrun starts, the first
+speaks. Exit codes: 0 done, 2 the person's input, 1 a
 fault of ours, 130 and 143 interrupted, 141 nobody reads the output.
 """
 
@@ -30,7 +31,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     args = sys.argv[1:] if args is None else list(args)
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if _speaks() else logging.ERROR)
     signal.signal(signal.SIGTERM, _terminated)
     if args == ["--version"]:
         print(f"o2cap {o2cap.__version__}")
@@ -42,25 +43,35 @@ def main(args: Sequence[str] | None = None) -> int:
             prog="o2cap",
             description=o2cap.__doc__,
             args=args,
+            console_outputs=_speaks(),
             config=STYLE,
         )
     except InputError as error:
-        print(f"o2cap: {error}", file=sys.stderr)
+        _say(str(error))
         return 2
     except TrainingError as error:
-        print(f"o2cap: {error}", file=sys.stderr)
+        _say(str(error))
         return 1
     except BrokenPipeError:  # as in o2cap train --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
-        print("o2cap: interrupted; the same command goes on.", file=sys.stderr)
+        _say("interrupted; the same command goes on.")
         return 130
     return 0
 
 
+def _speaks() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say(sentence: str) -> None:
+    if _speaks():
+        print(f"o2cap: {sentence}", file=sys.stderr)
+
+
 def _terminated(signum: int, frame: object) -> None:
-    print("o2cap: terminated; the same command goes on.", file=sys.stderr)
+    _say("terminated; the same command goes on.")
     raise SystemExit(128 + signum)
 
 
@@ -77,7 +88,9 @@ def _commands(default: Config) -> dict[str, Callable[..., Any]]:
         """
         from o2cap.trainer import train as run_training
 
-        print(run_training(config).directory)
+        result = run_training(config)
+        if _speaks():
+            print(result.directory)
 
     return {
         "train": train,
@@ -87,6 +100,7 @@ def _commands(default: Config) -> dict[str, Callable[..., Any]]:
         "cluster": cluster,
         "report": report,
         "data": data,
+        "reproduce": reproduce,
     }
 
 
@@ -355,3 +369,52 @@ def data(
     ],
 ) -> None:
     """Verify a data set, draw a contact sheet of it, or export the embedded one."""
+
+
+_Flag = tyro.conf.UseCounterAction[int]  # given or not
+
+
+def reproduce(
+    target: tyro.conf.Positional[str | None] = None,
+    dataset: str | None = None,
+    root: Path | None = None,
+    output: Annotated[Path, _O] = Path("runs/reproduce"),
+    cores: int = 0,
+    only: str = "*",
+    dry_run: _Flag = 0,
+    check: _Flag = 0,
+    profile: Path | None = None,
+    grid: Path | None = None,
+) -> None:
+    """Run a grid of trainings as a batch, and write its record.
+
+    The same command again goes on where it was interrupted. Prints the record's path;
+    with --check, the numbers beside the committed ones.
+
+    Args:
+        target: What to run, by its name in the grid; ablation, studies, or, with
+            --check, check. With --dataset it is paper, the grid on real pictures.
+        dataset: Real pictures, such as market1501.
+        root: Where they lie.
+        output: Where the jobs work; the record goes to records/ in it.
+        cores: Processor cores to use; 0 is all.
+        only: Pattern of the names of the jobs to run, such as '*-both-seed1[01]-*'.
+        dry_run: Say what would run, and why.
+        check: Repeat jobs in a place of their own, and compare the numbers with the
+            committed records.
+        profile: A Snakemake profile, such as reproduce/profiles/slurm.
+        grid: Another grid than reproduce/grid.yaml.
+    """
+    from o2cap import reproduce as batch
+
+    usual = "check" if check else "paper" if dataset else "ablation"
+    target, grid = target or usual, grid or batch.GRID
+    what: dict[str, Any] = {"dataset": dataset, "root": root, "grid": grid}
+    what |= {"only": only, "cores": cores}
+    if check:
+        print(batch.check(target, **what))
+        return
+    how: dict[str, Any] = {"dry_run": bool(dry_run), "profile": profile}
+    record = batch.reproduce(target, output=output, **what, **how)
+    if record is not None:
+        print(record)

@@ -60,6 +60,8 @@ def jaccard_distance(
     ------
     ValueError
         For no features, a setting out of range, or neighbours that do not fit.
+
+    Book: :eq:`jaccard_distance`
     """
     n = len(features)
     if n == 0:
@@ -109,6 +111,8 @@ def dbscan(distance: csr_array, eps: float = 0.5, min_samples: int = 4) -> Tenso
     Returns
     -------
     int64 [N], labels 0, 1, …; -1 for outliers
+
+    Book: :eq:`dbscan`
     """
     if distance.ndim != 2 or distance.shape[0] != distance.shape[1]:
         raise ValueError(f"distance must be square, got {distance.shape}")

@@ -33,7 +33,7 @@ class ModelConfig:
     """What stands on the backbone."""
 
     pooling: Literal["avg", "gem"] = "avg"
-    """Pooling over the last feature map: average, or generalised mean (GeM)."""
+    """Pooling over the last feature map, average or generalised mean (GeM)."""
     last_stride: Literal[1, 2] = 1
     """Stride of a ResNet's last stage; 1 keeps a larger last map."""
 
@@ -149,7 +149,7 @@ class SyntheticConfig:
     presence: float = 0.6
     """Probability that an identity passes a camera; each passes at least two."""
     strength: float = 1.0
-    """Camera gap: 0 makes all cameras identical, 1 is the book's."""
+    """Camera gap; 0 makes all cameras identical, 1 is the book's."""
     seed: int | None = None
     """Seed of identities, cameras and pictures; by default the one of the training."""
 
@@ -180,11 +180,11 @@ class Config:
     output: Path | None = None
     """Run directory; by default a folder under runs/ named after the settings."""
     method: Method = "both"
-    """Which losses: cluster-level baseline, intra-camera, offline, online, or both."""
+    """Which losses; cluster-level baseline, intra-camera, offline, online, or both."""
     seed: int = 0
     """Seed of everything random, of the embedded data set too."""
     epochs: int = 50
-    """Epochs: each extracts, clusters, splits by camera and trains."""
+    """Epochs; each extracts, clusters, splits by camera and trains."""
     iterations: int = 400
     """Batches in an epoch."""
     backbone: str = "resnet50"
@@ -199,11 +199,11 @@ class Config:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     workers: int = 0
-    """Threads that decode pictures; 0: one a core. Never changes a result."""
+    """Threads that decode pictures; 0 is one a core. Never changes a result."""
     threads: int = 0
-    """Threads of the arithmetic on the CPU; 0: chosen by the program."""
+    """Threads of the arithmetic on the CPU; 0 is chosen by the program."""
     precision: Precision = "auto"
-    """Mixed precision; auto: bf16 where the hardware has it, else off."""
+    """Mixed precision; auto is bf16 where the hardware has it, else off."""
     deterministic: bool = False
     """On a GPU, only deterministic kernels (slower); on the CPU all of ours are."""
     evaluate_every: int = 5
@@ -392,7 +392,11 @@ def load(path: Path) -> Config:
         When the file cannot be read, or holds a name or value that is no setting.
     """
     try:
-        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        # Aliases can make a small file a huge or an endless one.
+        if any(isinstance(e, yaml.AliasEvent) for e in yaml.parse(text)):
+            raise InputError(f"{path} holds aliases (*name), which no run writes.")
+        plain = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path} cannot be read as settings: {reason}") from error

@@ -78,6 +78,8 @@ def evaluate_retrieval(
         If there is no query, or none has a match.
     ValueError
         For lengths that do not fit, or features that are not finite.
+
+    Book: :eq:`evaluate_retrieval`
     """
     _check_side("query", query_features, query_pids, query_camids)
     _check_side("gallery", gallery_features, gallery_pids, gallery_camids)
@@ -139,6 +141,8 @@ def clustering_quality(
     clusters : int64 [N], -1 for outliers
     pids : int64 [N], negative where unknown (such images do not count in the scores)
     camids : int64 [N], optional
+
+    Book: :eq:`clustering_quality`
     """
     # Here, because it takes a second to import, and most commands need none of it.
     from sklearn.metrics import adjusted_rand_score, homogeneity_completeness_v_measure

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,14 +66,14 @@ class Embedding:
         InputError
             When the file cannot be written.
         """
-        columns = {
+        columns: dict[str, Any] = {
             "paths": np.array([str(p) for p in self.images.paths], dtype=np.str_),
             "features": self.features.numpy(),
             "camids": self.images.camids.numpy(),
             "model": np.array(self.model),
         }
         with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, allow_pickle=False, **columns)
+            np.savez(file, **columns)
 
 
 def load_embedding(path: Path) -> Embedding:

@@ -57,6 +57,8 @@ def offline_loss(
     -------
     Tensor
         A scalar.
+
+    Book: :eq:`offline_loss`
     """
     if similarity is None:
         similarity = compare(features, centroids)
@@ -93,6 +95,8 @@ def online_loss(
 
     Parameters and result as in :func:`offline_loss`; `positives` is the number k of
     positives and `balance` the weight w of the anchor's own feature.
+
+    Book: :eq:`online_loss`
     """
     if similarity is None:
         similarity = compare(features, centroids)
@@ -132,6 +136,8 @@ def online_similarity(
         Memory entries.
     balance : float
         w.
+
+    Book: :eq:`online_similarity`
     """
     if proxy.device.type == "cpu":
         # Anchors of one proxy share the second term. (A GPU would have to be waited
@@ -160,6 +166,8 @@ def online_positives(similarity: Tensor, camera: Tensor, positives: int = 3) -> 
         Camera of each proxy.
     positives : int
         How many to choose.
+
+    Book: :eq:`online_positives`
     """
     left = similarity.clone()
     chosen = torch.zeros_like(similarity, dtype=torch.bool)
@@ -183,6 +191,8 @@ def intra_camera_loss(
 
     Cross-entropy of the anchor's own proxy over all proxies of its own camera.
     Parameters and result as in :func:`offline_loss`.
+
+    Book: :eq:`intra_camera_loss`
     """
     logits = _all_logits(features, centroids, temperature)
     other = proxies.camera[proxy][:, None] != proxies.camera
@@ -207,6 +217,8 @@ def cluster_loss(
         One entry per cluster.
     temperature : float
         τ.
+
+    Book: :eq:`cluster_loss`
     """
     return F.cross_entropy(_all_logits(features, centroids, temperature), cluster)
 
@@ -224,6 +236,8 @@ def instance_loss(features: Tensor, *, temperature: float = 0.1) -> Tensor:
         L2-normalised; row i and row i + B are views of one picture.
     temperature : float
         Of the softmax.
+
+    Book: :eq:`instance_loss`
     """
     similarity = features.float() @ features.float().T / temperature
     similarity = similarity.masked_fill(
@@ -246,6 +260,8 @@ def reduce(loss: Tensor, camera: Tensor, reduction: Reduction) -> Tensor:
         Loss of each anchor.
     camera : LongTensor [B]
         Camera of each anchor.
+
+    Book: :eq:`reduce`
     """
     if reduction == "mean":
         return loss.mean()

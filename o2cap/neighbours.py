@@ -67,6 +67,8 @@ def nearest_neighbours(
     ------
     ValueError
         For wrong shapes, values that are not finite, or k outside 1..N.
+
+    Book: :eq:`nearest_neighbours`
     """
     features = _checked("features", features)
     n = len(features)

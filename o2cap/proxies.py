@@ -65,6 +65,8 @@ def split_by_camera(clusters: Tensor, camids: Tensor) -> CameraProxies:
     ------
     ValueError
         When the two columns differ in length.
+
+    Book: :eq:`split_by_camera`
     """
     if clusters.shape != camids.shape or clusters.dim() != 1:
         raise ValueError(
@@ -88,6 +90,8 @@ class ProxyMemory(nn.Module):
         The entries at the start; normalised here.
     momentum : float
         Share μ of the old entry that an update keeps.
+
+    Book: :eq:`ProxyMemory`
     """
 
     centroids: Tensor
@@ -143,7 +147,8 @@ class ProxyMemory(nn.Module):
         turn = torch.empty_like(position)
         turn[order] = position - begin
         for j in range(int(turn.max()) + 1 if len(turn) else 0):
-            now = turn == j
+            # Row numbers, since a GPU would be waited for to count a mask.
+            now = (turn == j).nonzero().flatten()
             target = proxy[now].to(self.centroids.device, non_blocking=True)
             new = features[now.to(features.device, non_blocking=True)].float()
             mixed = self.momentum * self.centroids[target] + (1 - self.momentum) * new

@@ -1,36 +1,25 @@
-"""The epoch loop, and the run directory in which everything about a run is kept."""
+"""The epoch loop."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import io
-import json
 import logging
-import os
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
-import yaml
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from torch.amp import GradScaler
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from o2cap import losses
+from o2cap import distributed, losses
 from o2cap.backbone import ReIDModel, build_model, read_state_dict
 from o2cap.clustering import dbscan, jaccard_distance
-from o2cap.config import NO_INFLUENCE, Config, load
+from o2cap.config import Config, load
 from o2cap.data import load_dataset
 from o2cap.data.images import ImageSet, ReIDDataset
 from o2cap.data.loading import (
@@ -42,13 +31,12 @@ from o2cap.data.loading import (
 from o2cap.errors import InputError, TrainingError
 from o2cap.evaluation import RetrievalMetrics, clustering_quality, evaluate_retrieval
 from o2cap.features import autocast, extract
-from o2cap.files import read_json, replacing
+from o2cap.hardware import Hardware
 from o2cap.neighbours import nearest_neighbours
 from o2cap.proxies import CameraProxies, ProxyMemory, split_by_camera
+from o2cap.run import Metrics, RunDirectory, RunResult
 
 logger = logging.getLogger("o2cap")
-
-Metrics = dict[str, Any]
 
 
 def train(
@@ -60,6 +48,9 @@ def train(
     on_epoch: Callable[[Metrics], None] | None = None,
 ) -> RunResult:
     """Train without identity labels, and evaluate.
+
+    Under torchrun every process makes this call, and all return the same; see
+    :mod:`o2cap.distributed`.
 
     Parameters
     ----------
@@ -80,7 +71,7 @@ def train(
     Returns
     -------
     RunResult
-        Also in the run directory; see :class:`RunDirectory`.
+        Also in the run directory; see :class:`o2cap.run.RunDirectory`.
 
     Raises
     ------
@@ -89,32 +80,48 @@ def train(
     TrainingError
         When a loss is NaN or infinite; the last good checkpoint stays.
     """
-    run = RunDirectory.claim(config, resume)
-    run.check_input(dataset, pseudo_labels)
-    if run.finished():
-        logger.info("%s is finished already", run.path)
-        return run.result(load_model(run.path)[1])
-    hardware = Hardware.choose(config)
-    with hardware.in_force(config):
-        # -- data
-        if dataset is None:
-            dataset = load_configured(config)
-            run.check_input(dataset, pseudo_labels)
-        check_parts(dataset)
+    with distributed.joined(), RunDirectory.claim(config, resume) as run:
+        run.check_input(dataset, pseudo_labels)
+        if run.finished():
+            logger.info("%s is finished already", run.path)
+            return run.result(distributed.on_first(load_model, run.path)[1])
+        with distributed.together():
+            hardware = Hardware.choose(config)
+        with hardware.in_force(config):
+            return _train(run, config, hardware, dataset, pseudo_labels, on_epoch)
 
-        # -- model, before minutes of decoding: a download may fail
-        torch.manual_seed(config.seed)
-        model = build_model(
-            config.backbone,
-            config.weights,
-            height=config.height,
-            width=config.width,
-            pooling=config.model.pooling,
-            last_stride=config.model.last_stride,
-        ).to(hardware.device)
-        model = model.to(memory_format=torch.channels_last)
 
-        # -- pictures, decoded once; from here on, training has no identities
+def _train(
+    run: RunDirectory,
+    config: Config,
+    hardware: Hardware,
+    dataset: ReIDDataset | None,
+    pseudo_labels: Tensor | None,
+    on_epoch: Callable[[Metrics], None] | None,
+) -> RunResult:
+    # -- data
+    check_batches(config)
+    if dataset is None:
+        dataset = distributed.on_first(load_configured, config)
+        run.check_input(dataset, pseudo_labels)
+    check_parts(dataset)
+
+    # -- model, before minutes of decoding: a download may fail
+    torch.manual_seed(config.seed)
+    model = distributed.on_first(
+        build_model,
+        config.backbone,
+        config.weights,
+        height=config.height,
+        width=config.width,
+        pooling=config.model.pooling,
+        last_stride=config.model.last_stride,
+    ).to(hardware.device)
+    model = model.to(memory_format=torch.channels_last)
+    network = distributed.parallel(model, hardware.device)
+
+    # -- pictures, decoded once; from here on, training has no identities
+    with distributed.together():
         pixels, train_set = decode(
             dataset.train,
             config.height,
@@ -122,218 +129,137 @@ def train(
             workers=config.workers,
             skip_unreadable=config.skip_unreadable,
         )
-        pids, images = train_set.pids, train_set.without_identities()
-        if pseudo_labels is not None and len(pseudo_labels) != len(images):
-            raise InputError(
-                f"There are {len(pseudo_labels)} pseudo labels for {len(images)} "
-                "readable training pictures; give one for each."
-            )
         evaluator = Evaluator(config, dataset, hardware)
-        pixels = hardware.place(pixels)
-        run.begin(dataset, hardware, pseudo_labels)
-        _announce(dataset, hardware, run, config)
+    pids, images = train_set.pids, train_set.without_identities()
+    if pseudo_labels is not None and len(pseudo_labels) != len(images):
+        raise InputError(
+            f"There are {len(pseudo_labels)} pseudo labels for {len(images)} "
+            "readable training pictures; give one for each."
+        )
+    pixels = hardware.place(pixels)
+    run.begin(dataset, hardware, pseudo_labels)
+    _announce(dataset, hardware, run, config)
 
-        # -- warm start, or on from where the run was left
-        optimizer = _adam(model, config.optim.lr, config, hardware)
-        scaler = GradScaler(hardware.device.type, enabled=hardware.precision == "fp16")
-        state = run.restore(hardware.device)
-        if state is None or state["stage"] == "warm start":
-            if config.weights == "none" and config.warm_start.epochs > 0:
-                warm_start(model, pixels, config, hardware, run, state)
-            before = evaluator.record(model)
-            if before:
-                logger.info("before training: %s", _in_words(before))
-            run.keep_weights(model, "start.safetensors")
-            progress: Metrics = {"stage": "train", "epoch": -1, "before": before}
-            run.save(progress, model, optimizer, scaler)
-        else:
-            run.take_up(state, model, optimizer, scaler)
-            progress = {key: state[key] for key in ("stage", "epoch", "before")}
+    # -- warm start, or on from where the run was left
+    optimizer = _adam(model, config.optim.lr, config, hardware)
+    scaler = GradScaler(hardware.device.type, enabled=hardware.precision == "fp16")
+    state = run.restore()
+    if state is None or state["stage"] == "warm start":
+        if warm_start_runs(config):
+            warm_start(model, network, pixels, config, hardware, run, state)
+        before = evaluator.record(model)
+        if before:
+            logger.info("before training: %s", _in_words(before))
+        run.keep_weights(model, "start.safetensors")
+        progress: Metrics = {"stage": "train", "epoch": -1, "before": before}
+        run.save(progress, model, optimizer, scaler)
+    else:
+        run.take_up(state, model, optimizer, scaler)
+        progress = {key: state[key] for key in ("stage", "epoch", "before")}
 
-        # -- epochs: extract, cluster, split by camera, train
-        for epoch in range(progress["epoch"] + 1, config.epochs):
-            seconds: dict[str, float] = {}
-            with _timed(seconds, "extract"):
-                features = extract(
-                    model,
+    # -- epochs: extract, cluster, split by camera, train
+    for epoch in range(progress["epoch"] + 1, config.epochs):
+        seconds: dict[str, float] = {}
+        with _timed(seconds, "extract"):
+            features = extract_all(model, pixels, config, hardware)
+        with _timed(seconds, "cluster"):
+            if pseudo_labels is None:
+                clusters = find_clusters(features, config)
+            else:
+                clusters = pseudo_labels
+            proxies = make_proxies(clusters, images.camids, config)
+            memory = ProxyMemory.from_features(
+                features, proxies.to(hardware.device), config.loss.momentum
+            )
+            distributed.copy_buffers(memory)
+        record: Metrics = {
+            "epoch": epoch,
+            "lr": learning_rate(config, epoch),
+            **describe_clusters(clusters, images.camids, pids),
+        }
+        with _timed(seconds, "train"):
+            if record["clusters"] < 2:
+                logger.warning(
+                    "epoch %d: %d clusters in %d pictures, so nothing to tell "
+                    "apart; no training in this epoch (a larger "
+                    "--clustering.eps or a smaller --clustering.min-samples "
+                    "finds more)",
+                    epoch,
+                    record["clusters"],
+                    len(images),
+                )
+                record["skipped"] = True
+            else:
+                record |= train_epoch(
+                    network,
+                    optimizer,
+                    scaler,
+                    memory,
+                    proxies,
                     pixels,
-                    height=config.height,
-                    width=config.width,
-                    device=hardware.device,
-                    precision=hardware.extraction,
+                    config,
+                    hardware,
+                    epoch=epoch,
+                    paths=images.paths,
                 )
-            with _timed(seconds, "cluster"):
-                if pseudo_labels is None:
-                    clusters = find_clusters(features, config)
-                else:
-                    clusters = pseudo_labels
-                proxies = make_proxies(clusters, images.camids, config)
-                memory = ProxyMemory.from_features(
-                    features, proxies.to(hardware.device), config.loss.momentum
-                )
-            record: Metrics = {
-                "epoch": epoch,
-                "lr": learning_rate(config, epoch),
-                **describe_clusters(clusters, images.camids, pids),
-            }
-            with _timed(seconds, "train"):
-                if record["clusters"] < 2:
-                    logger.warning(
-                        "epoch %d: %d clusters in %d pictures, so nothing to tell "
-                        "apart; no training in this epoch (a larger "
-                        "--clustering.eps or a smaller --clustering.min-samples "
-                        "finds more)",
-                        epoch,
-                        record["clusters"],
-                        len(images),
-                    )
-                    record["skipped"] = True
-                else:
-                    record |= train_epoch(
-                        model,
-                        optimizer,
-                        scaler,
-                        memory,
-                        proxies,
-                        pixels,
-                        config,
-                        hardware,
-                        epoch=epoch,
-                        paths=images.paths,
-                    )
-            last = epoch == config.epochs - 1
-            with _timed(seconds, "evaluate"):
-                if last or (epoch + 1) % config.evaluate_every == 0:
-                    record |= evaluator.record(model)
-            record["seconds"] = seconds
-            logger.info("%s", _in_words(record))
-            run.record(record, clusters)
-            run.save(progress | {"epoch": epoch}, model, optimizer, scaler)
-            if on_epoch is not None:
-                on_epoch(record)
-        run.finish(model, progress["before"])
-        return run.result(model)
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """What a run computes on: chosen once, printed, recorded.
-
-    Parameters
-    ----------
-    device : torch.device
-        CPU or an accelerator.
-    precision : "bf16", "fp16" or "off"
-        Mixed precision of the network.
-    threads : int
-        Threads of the arithmetic on the CPU.
-    """
-
-    device: torch.device
-    precision: Literal["bf16", "fp16", "off"]
-    threads: int
-
-    @classmethod
-    def choose(cls, config: Config) -> Hardware:
-        """Turn the ``auto`` settings into what this machine has.
-
-        Raises
-        ------
-        InputError
-            When the device asked for is not here.
-        """
-        name = config.device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            device = torch.device(name)
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(
-                f"--device {config.device} cannot be used here ({reason}); try cpu."
-            ) from error
-        if config.precision != "auto":
-            precision: Literal["bf16", "fp16", "off"] = config.precision
-        elif device.type == "cuda":
-            precision = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
-        else:
-            # Without such instructions a CPU emulates bf16, slower than float32.
-            has = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-            precision = "bf16" if device.type == "cpu" and has() else "off"
-        # With every core taken, threads that wait for each other collapse beside a
-        # busy neighbour (measured on 2 cores: an epoch 60 s instead of 5 s).
-        threads = config.threads or torch.get_num_threads()
-        if not config.threads and "OMP_NUM_THREADS" not in os.environ:
-            threads = max(1, min(threads // 2, 8))
-        return cls(device, precision, threads)
-
-    @property
-    def extraction(self) -> Literal["fp16", "off"]:
-        """Precision of features that are compared, not trained with.
-
-        bf16 has 8 bits of mantissa, which is too coarse to rank near-duplicates (on
-        video frames, rank-1 fell from 30.5 to 23.8 %); fp16 has 11, as TF32 has.
-        """
-        mixed = self.device.type == "cuda" and self.precision != "off"
-        return "fp16" if mixed else "off"
-
-    @contextlib.contextmanager
-    def in_force(self, config: Config) -> Iterator[None]:
-        """Set torch's global switches for a run, and put them back afterwards."""
-        cudnn = torch.backends.cudnn
-        threads, benchmark = torch.get_num_threads(), cudnn.benchmark
-        strict = torch.are_deterministic_algorithms_enabled()
-        tf32 = torch.get_float32_matmul_precision()
-        if config.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        try:
-            torch.set_num_threads(self.threads)
-            torch.use_deterministic_algorithms(config.deterministic)
-            cudnn.benchmark = not config.deterministic
-            if self.device.type == "cuda" and self.precision != "off":
-                torch.set_float32_matmul_precision("high")
-            with torch.random.fork_rng():
-                yield
-        finally:
-            torch.set_num_threads(threads)
-            torch.use_deterministic_algorithms(strict)
-            cudnn.benchmark = benchmark
-            torch.set_float32_matmul_precision(tf32)
-
-    def place(self, pixels: Tensor) -> Tensor:
-        """Return decoded pictures where batches are taken from fastest.
-
-        That is the GPU, when they fill no more than a quarter of what is free there.
-        """
-        if self.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.device)
-            if pixels.numel() < free / 4:
-                return pixels.to(self.device)
-        return pixels
-
-    def batch(self, pixels: Tensor, index: Tensor) -> Tensor:
-        """Return the pictures `index` (on the CPU) on the device."""
-        there = index.to(pixels.device, non_blocking=True)
-        return pixels[there].to(self.device, non_blocking=True)
+        last = epoch == config.epochs - 1
+        with _timed(seconds, "evaluate"):
+            if last or (epoch + 1) % config.evaluate_every == 0:
+                record |= evaluator.record(model)
+        record["seconds"] = seconds
+        logger.info("%s", _in_words(record))
+        run.record(record, clusters)
+        run.save(progress | {"epoch": epoch}, model, optimizer, scaler)
+        if on_epoch is not None:
+            on_epoch(record)
+    run.finish(model, progress["before"])
+    return run.result(model)
 
 
 # ------------------------------------------------------------------ what one epoch does
 
 
-def find_clusters(features: Tensor, config: Config) -> Tensor:
-    """Return pseudo labels, LongTensor [N], −1 for outliers (METHOD steps 2 and 3)."""
-    settings = config.clustering
-    k = min(settings.k1, len(features))
-    found = nearest_neighbours(features, k, backend=settings.search)
-    distance = jaccard_distance(
-        features,
-        settings.k1,
-        settings.k2,
-        neighbours=found,
-        max_distance=settings.eps,  # DBSCAN asks for no larger one
+def extract_all(
+    model: ReIDModel, pixels: Tensor, config: Config, hardware: Hardware
+) -> Tensor:
+    """Return the features of all pictures, each process extracting its share."""
+    n = len(pixels)
+    features = extract(
+        model,
+        pixels[distributed.share(n)],
+        height=config.height,
+        width=config.width,
+        device=hardware.device,
+        precision=hardware.extraction,
     )
-    return dbscan(distance, settings.eps, settings.min_samples)
+    return distributed.gather(features, n)
+
+
+def find_clusters(features: Tensor, config: Config) -> Tensor:
+    """Return pseudo labels, LongTensor [N], −1 for outliers (METHOD steps 2 and 3).
+
+    Each process searches the neighbours of its share; the first one clusters.
+    """
+    settings, n = config.clustering, len(features)
+    similarity, index = nearest_neighbours(
+        features,
+        min(settings.k1, n),
+        rows=distributed.share(n),
+        backend=settings.search,
+    )
+    neighbours = distributed.gather(similarity, n), distributed.gather(index, n)
+
+    def cluster() -> Tensor:
+        distance = jaccard_distance(
+            features,
+            settings.k1,
+            settings.k2,
+            neighbours=neighbours,
+            max_distance=settings.eps,  # DBSCAN asks for no larger one
+        )
+        return dbscan(distance, settings.eps, settings.min_samples)
+
+    return distributed.on_first(cluster)
 
 
 def make_proxies(clusters: Tensor, camids: Tensor, config: Config) -> CameraProxies:
@@ -381,6 +307,8 @@ def learning_rate(config: Config, epoch: int) -> float:
 
     It rises linearly from 0.01 of its value over the warm-up, and is divided by ten
     at each milestone; both are shares of `config.epochs`.
+
+    Book: :eq:`learning_rate`
     """
     settings = config.optim
     warmup = round(settings.warmup * config.epochs)
@@ -417,17 +345,21 @@ def _adam(
     )
 
 
-def _step(
-    model: ReIDModel, loss: Tensor, optimizer: torch.optim.Adam, scaler: GradScaler
-) -> None:
+def _step(loss: Tensor, optimizer: torch.optim.Adam, scaler: GradScaler) -> None:
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
 
 
+def warm_start_runs(config: Config) -> bool:
+    """Say whether training begins with a warm start: from random weights only."""
+    return config.weights == "none" and config.warm_start.epochs > 0
+
+
 def warm_start(
     model: ReIDModel,
+    network: nn.Module,
     pixels: Tensor,
     config: Config,
     hardware: Hardware,
@@ -442,6 +374,8 @@ def warm_start(
 
     Parameters
     ----------
+    network : nn.Module
+        `model`, or what several processes train it through.
     pixels : uint8 Tensor [N, H, W, 3]
         Training pictures.
     state : dict or None
@@ -459,9 +393,10 @@ def warm_start(
         batches = instance_batches(
             len(pixels), settings.iterations, generator, images=settings.images
         )
+        own = distributed.share(2 * batches.shape[1])
         total = torch.zeros((), device=hardware.device)
-        model.train()
-        for index in tqdm(batches, f"warm start {epoch}", leave=False, disable=None):
+        network.train()
+        for index in _bar(batches, f"warm start {epoch}"):
             pictures = augment(
                 hardware.batch(pixels, index.repeat(2)),
                 generator,
@@ -469,12 +404,15 @@ def warm_start(
                 pad=config.augment.pad,
                 erase=config.augment.erase,
                 jitter=settings.jitter,
+                rows=own,
             )
             with autocast(hardware.device, hardware.precision):
-                features = model(pictures)
+                features = network(pictures)
+            features = distributed.gather(features, 2 * len(index))
             loss = losses.instance_loss(features, temperature=settings.temperature)
-            _step(model, loss, optimizer, scaler)
+            _step(loss, optimizer, scaler)
             total += loss.detach()
+        distributed.copy_buffers(model)
         mean = float(total) / len(batches)
         if not np.isfinite(mean):
             raise TrainingError(
@@ -487,13 +425,16 @@ def warm_start(
 
 
 def _seed_everything(seed: int) -> Generator:
-    """Seed torch's own generators (dropout) and return one for batches and changes."""
-    torch.manual_seed(seed)
+    """Seed torch's own generators (dropout) and return one for batches and changes.
+
+    Processes draw the same batches and changes, and each its own dropout.
+    """
+    torch.manual_seed(seed + distributed.rank())
     return Generator().manual_seed(seed)
 
 
 def train_epoch(
-    model: ReIDModel,
+    network: nn.Module,
     optimizer: torch.optim.Adam,
     scaler: GradScaler,
     memory: ProxyMemory,
@@ -509,6 +450,8 @@ def train_epoch(
 
     Parameters
     ----------
+    network : nn.Module
+        The model, or what several processes train it through.
     memory, proxies
         On the device, and on the CPU.
     pixels : uint8 Tensor [N, H, W, 3]
@@ -531,21 +474,31 @@ def train_epoch(
         proxies=config.batch.proxies,
         images=config.batch.images,
     )
+    size = batches.shape[1]
+    if size % distributed.size():
+        raise TrainingError(
+            f"Epoch {epoch} has {len(proxies)} proxies, so batches of {size} pictures, "
+            f"which do not divide among {distributed.size()} processes; go on with "
+            "fewer."
+        )
+    own = distributed.share(size)
     on_device = proxies.to(hardware.device)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, epoch)
-    model.train()
+    network.train()
     history: list[Tensor] = []
-    for index in tqdm(batches, f"epoch {epoch}", leave=False, disable=None):
+    for index in _bar(batches, f"epoch {epoch}"):
         pictures = augment(
             hardware.batch(pixels, index),
             generator,
             flip=config.augment.flip,
             pad=config.augment.pad,
             erase=config.augment.erase,
+            rows=own,
         )
         with autocast(hardware.device, hardware.precision):
-            features = model(pictures)
+            features = network(pictures)
+        features = distributed.gather(features, size)
         proxy = proxies.label[index]
         parts = method_losses(
             config,
@@ -555,10 +508,11 @@ def train_epoch(
             on_device,
         )
         names = list(parts)
-        _step(model, torch.stack(list(parts.values())).sum(), optimizer, scaler)
+        _step(torch.stack(list(parts.values())).sum(), optimizer, scaler)
         memory.update(features.detach(), proxy)
         # Looked at once per epoch: asking a GPU for each loss would wait for it.
         history.append(torch.stack(list(parts.values())).detach())
+    distributed.copy_buffers(network)
     found = torch.stack(history).cpu()
     bad = (~found.isfinite()).any(dim=1).nonzero().flatten()
     if len(bad):
@@ -644,18 +598,12 @@ class Evaluator:
             return None
         (query_pixels, query), (gallery_pixels, gallery) = self.decoded
         features = [
-            extract(
-                model,
-                pixels,
-                height=self.config.height,
-                width=self.config.width,
-                device=self.hardware.device,
-                precision=self.hardware.extraction,
-            )
+            extract_all(model, pixels, self.config, self.hardware)
             for pixels in (query_pixels, gallery_pixels)
         ]
         assert query.pids is not None and gallery.pids is not None  # see check_parts
-        return evaluate_retrieval(
+        return distributed.on_first(
+            evaluate_retrieval,
             features[0],
             features[1],
             query.pids,
@@ -673,294 +621,6 @@ class Evaluator:
         most = len(found.cmc)
         rank = {f"rank{k}": float(found.cmc[min(k, most) - 1]) for k in (1, 5, 10)}
         return {"mAP": found.mAP, **rank, "mINP": found.mINP}
-
-
-# -------------------------------------------------------------------- the run directory
-
-
-class RunDirectory:
-    """Everything about a run that a reader, a plot or a resumed run needs.
-
-    ``config.yaml``; ``environment.json`` (versions, device, commit, data counts and
-    fingerprint); ``metrics.jsonl`` (a line per epoch) and ``warm_start.jsonl``;
-    ``pseudo_labels/epoch_NNN.npz``; ``checkpoint.pt`` (after every epoch, all that a
-    resumed run needs); ``start.safetensors``, the weights before the first epoch;
-    ``model.safetensors`` and ``summary.json`` at the end; TensorBoard events. Files
-    are written whole or not at all.
-    """
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.path = config.directory()
-        self.history: list[Metrics] = []
-        self.warm_history: list[Metrics] = []
-        self.board: SummaryWriter | None = None
-
-    @classmethod
-    def claim(cls, config: Config, resume: bool) -> RunDirectory:
-        """Return the directory of a run with these settings, new or to be resumed.
-
-        Raises
-        ------
-        InputError
-            When it holds a run with other settings, or something that is no run.
-        """
-        run = cls(config)
-        known = run.path / "config.yaml"
-        if run.path.is_file():
-            raise InputError(f"--output {run.path} is a file; name a directory.")
-        if not known.is_file():
-            # (What a killed run leaves before its settings is hidden.)
-            inside = run.path.iterdir() if run.path.is_dir() else ()
-            if any(not path.name.startswith(".") for path in inside):
-                raise InputError(
-                    f"--output {run.path} holds files but no run (no config.yaml); "
-                    "choose another directory."
-                )
-            return run
-        if not resume:
-            raise InputError(f"--output {run.path} holds a run; choose another one.")
-        differing = [
-            f"{name} is {there} there and {here} here"
-            for name, there, here in _differences(load(known), config)
-        ]
-        if differing:
-            raise InputError(
-                f"--output {run.path} belongs to a run with other settings: "
-                f"{'; '.join(differing)}. Choose another --output, or repeat those."
-            )
-        return run
-
-    def finished(self) -> bool:
-        """Say whether the run has come to its end."""
-        return (self.path / "summary.json").is_file()
-
-    def begin(
-        self, dataset: ReIDDataset, hardware: Hardware, pseudo_labels: Tensor | None
-    ) -> None:
-        """Write what is known before the first step."""
-        if not (self.path / "config.yaml").is_file():
-            text = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
-            self._write("config.yaml", text)
-        if not (self.path / "environment.json").is_file():
-            facts = describe_environment(self.config, dataset, hardware)
-            facts["pseudo_labels"] = _fingerprint(pseudo_labels)
-            self._write("environment.json", json.dumps(facts, indent=2))
-
-    def check_input(
-        self, dataset: ReIDDataset | None, pseudo_labels: Tensor | None
-    ) -> None:
-        """Refuse to go on with other pictures or labels than the run began with.
-
-        Raises
-        ------
-        InputError
-            When they differ from those that ``environment.json`` tells of.
-        """
-        path = self.path / "environment.json"
-        if not path.is_file():
-            return
-        pictures, labels = read_json(path, "fingerprint", "pseudo_labels")
-        if dataset is not None and dataset.fingerprint() != pictures:
-            raise InputError(
-                f"--output {self.path} belongs to a run on other pictures (the data "
-                f"set's fingerprint was {pictures}); choose another."
-            )
-        if _fingerprint(pseudo_labels) != labels:
-            raise InputError(
-                f"--output {self.path} belongs to a run with other pseudo labels, "
-                "given or found; choose another."
-            )
-
-    def restore(self, device: torch.device) -> dict[str, Any] | None:
-        """Return the last checkpoint, if there is one, and forget what came after.
-
-        Raises
-        ------
-        InputError
-            When the file is damaged.
-        """
-        path = self.path / "checkpoint.pt"
-        for left in self.path.rglob(".*.part"):  # of a run killed while writing
-            left.unlink()
-        state = None
-        if path.is_file():
-            try:
-                state = torch.load(path, map_location=device, weights_only=True)
-                stage, last = state["stage"], int(state["epoch"])
-            except Exception as error:
-                raise InputError(
-                    f"{path} is damaged or no checkpoint of this program "
-                    f"({type(error).__name__}); delete it to train from the start."
-                ) from error
-            done = last if stage == "train" else -1
-            self.history = self._lines("metrics.jsonl", done)
-            self.warm_history = self._lines(
-                "warm_start.jsonl", last if stage == "warm start" else 10**9
-            )
-        return state
-
-    def take_up(
-        self,
-        state: dict[str, Any],
-        model: ReIDModel,
-        optimizer: torch.optim.Adam,
-        scaler: GradScaler,
-    ) -> None:
-        """Load a checkpoint's model, optimizer and loss scale.
-
-        Raises
-        ------
-        InputError
-            When it is of another model.
-        """
-        try:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            if state["scaler"]:  # empty if the device before needed none
-                scaler.load_state_dict(state["scaler"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise InputError(
-                f"{self.path / 'checkpoint.pt'} does not fit the settings beside it; "
-                "it is of another model. Delete it to train from the start."
-            ) from error
-
-    def _lines(self, name: str, last: int) -> list[Metrics]:
-        path = self.path / name
-        if not path.is_file():
-            return []
-        try:
-            lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-            return [line for line in lines if line["epoch"] <= last]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is damaged ({error}).") from error
-
-    def record(self, record: Metrics, clusters: Tensor) -> None:
-        """Keep an epoch's record and its pseudo labels."""
-        self.history.append(record)
-        name = f"pseudo_labels/epoch_{record['epoch']:03d}.npz"
-        with replacing(self.path / name) as path, path.open("wb") as file:
-            np.savez_compressed(file, clusters=clusters.numpy())
-        self._write_lines("metrics.jsonl", self.history)
-        if self.board is None:
-            self.board = SummaryWriter(str(self.path), purge_step=record["epoch"])
-        for key, value in record.items():
-            if isinstance(value, int | float) and key != "epoch":
-                self.board.add_scalar(key, value, record["epoch"])
-        self.board.flush()
-
-    def record_warm_start(self, record: Metrics) -> None:
-        """Keep the record of an epoch of the warm start."""
-        self.warm_history.append(record)
-        self._write_lines("warm_start.jsonl", self.warm_history)
-
-    def save(
-        self,
-        state: dict[str, Any],
-        model: ReIDModel,
-        optimizer: torch.optim.Adam,
-        scaler: GradScaler,
-    ) -> None:
-        """Write the checkpoint: the last thing an epoch does."""
-        whole = {
-            **state,
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
-        }
-        # By way of memory: torch does not say why it cannot write (a full disk).
-        content = io.BytesIO()
-        torch.save(whole, content)
-        with replacing(self.path / "checkpoint.pt") as path:
-            path.write_bytes(content.getbuffer())
-
-    def keep_weights(self, model: ReIDModel, name: str) -> None:
-        """Write the weights alone, in safetensors."""
-        tensors = {k: v.contiguous().cpu() for k, v in model.state_dict().items()}
-        with replacing(self.path / name) as path:
-            path.write_bytes(safetensors.torch.save(tensors))
-
-    def finish(self, model: ReIDModel, before: Metrics) -> None:
-        """Write the trained weights and the final metrics."""
-        self.keep_weights(model, "model.safetensors")
-        summary = {
-            **self.history[-1],
-            "before": before,
-            "epochs": len(self.history),
-            "config_hash": self.config.hash(),
-        }
-        self._write("summary.json", json.dumps(summary, indent=2))
-        if self.board is not None:
-            self.board.close()
-
-    def result(self, model: ReIDModel) -> RunResult:
-        """Return the finished run."""
-        (before,) = read_json(self.path / "summary.json", "before")
-        return RunResult(
-            self.path,
-            self.config,
-            model.eval(),
-            before,
-            self._lines("metrics.jsonl", 10**9),
-        )
-
-    def _write_lines(self, name: str, records: list[Metrics]) -> None:
-        self._write(name, "".join(json.dumps(record) + "\n" for record in records))
-
-    def _write(self, name: str, text: str) -> None:
-        with replacing(self.path / name) as path:
-            path.write_text(text, encoding="utf-8")
-
-
-def _fingerprint(labels: Tensor | None) -> str | None:
-    if labels is None:
-        return None
-    return hashlib.sha256(labels.cpu().numpy().tobytes()).hexdigest()[:16]
-
-
-def _differences(there: Config, here: Config) -> Iterator[tuple[str, Any, Any]]:
-    def flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, value in plain.items():
-            if isinstance(value, dict):
-                found |= flat(value, f"{prefix}{name}.")
-            elif prefix or name not in NO_INFLUENCE:
-                found[f"{prefix}{name}"] = value
-        return found
-
-    old, new = flat(there.to_dict()), flat(here.to_dict())
-    return ((name, old[name], new[name]) for name in new if old[name] != new[name])
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """A finished run.
-
-    Parameters
-    ----------
-    directory : Path
-        The run directory; see :class:`RunDirectory`.
-    config : Config
-        The settings.
-    model : ReIDModel
-        The trained model, in evaluation mode.
-    before : dict
-        Retrieval metrics before the first epoch, after the warm start if there was
-        one; empty when there is nothing to evaluate with.
-    history : list of dict
-        One record per epoch, as in ``metrics.jsonl``.
-    """
-
-    directory: Path
-    config: Config
-    model: ReIDModel
-    before: Metrics
-    history: list[Metrics]
-
-    @property
-    def final(self) -> Metrics:
-        """The record of the last epoch: what is reported, never the best epoch."""
-        return self.history[-1]
 
 
 def load_model(
@@ -1057,47 +717,27 @@ def check_parts(dataset: ReIDDataset) -> None:
         )
 
 
+def check_batches(config: Config) -> None:
+    """Refuse batches of which several processes would get unequal shares.
+
+    Raises
+    ------
+    InputError
+        Names the options that decide the number of pictures.
+    """
+    batch, warm = config.batch, config.warm_start
+    distributed.check_batch(
+        batch.proxies * batch.images, "--batch.proxies times --batch.images"
+    )
+    if warm_start_runs(config):
+        distributed.check_batch(2 * warm.images, "twice --warm-start.images")
+
+
 def _identified(images: ImageSet) -> Iterator[tuple[int, int]]:
     if images.pids is None:
         return iter(())
     pairs = zip(images.pids.tolist(), images.camids.tolist(), strict=True)
     return ((pid, camid) for pid, camid in pairs if pid >= 0)
-
-
-def describe_environment(
-    config: Config, dataset: ReIDDataset, hardware: Hardware
-) -> Metrics:
-    """Return versions, device, seed, commit, and the data's counts and fingerprint."""
-    packages = ("o2cap", "torch", "torchvision", "numpy", "scipy", "numba", "faiss-cpu")
-    device = str(hardware.device)
-    if hardware.device.type == "cuda":
-        device += f" ({torch.cuda.get_device_name(hardware.device)})"
-    commit = None
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        ).stdout.strip()
-    return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": " ".join(sys.argv),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "versions": {name: version(name) for name in packages},
-        "commit": commit,
-        "device": device,
-        "precision": hardware.precision,
-        "threads": hardware.threads,
-        "seed": config.seed,
-        "config_hash": config.hash(),
-        "dataset": dataset.name,
-        "counts": dataset.counts(),
-        "fingerprint": dataset.fingerprint(),
-    }
 
 
 # ----------------------------------------------------------------------------- messages
@@ -1106,10 +746,12 @@ def describe_environment(
 def _announce(
     dataset: ReIDDataset, hardware: Hardware, run: RunDirectory, config: Config
 ) -> None:
+    several = f", {distributed.size()} processes" if distributed.size() > 1 else ""
     logger.info(
-        "%s on %s, precision %s, %d threads; run directory %s",
+        "%s on %s%s, precision %s, %d threads; run directory %s",
         config.method,
         hardware.device,
+        several,
         hardware.precision,
         hardware.threads,
         run.path,
@@ -1150,6 +792,12 @@ def _in_words(record: Metrics) -> str:
         for name, form in shown.items()
         if name in record
     )
+
+
+def _bar(batches: Tensor, what: str) -> Iterator[Tensor]:
+    """Draw a progress bar, once, and on a terminal only."""
+    hidden = None if distributed.rank() == 0 else True
+    return iter(tqdm(batches, what, leave=False, disable=hidden))
 
 
 @contextlib.contextmanager

@@ -17,17 +17,18 @@ from typing import Any, Literal, ParamSpec
 import matplotlib as mpl
 import numpy as np
 import torch
-from matplotlib import figure
+from matplotlib import figure, font_manager
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from o2cap.data.images import ImageSet
+from o2cap.data.images import ImageSet, open_picture
 from o2cap.data.loading import decode
+from o2cap.errors import InputError
 
 BLUE, VERMILLION, GREEN = "#0072B2", "#D55E00", "#009E73"
 PURPLE, ORANGE, SKY, YELLOW = "#CC79A7", "#E69F00", "#56B4E9", "#F0E442"
@@ -251,13 +252,13 @@ def _camera(camid: Tensor) -> str:
     return f"cam {int(camid)}" if camid >= 0 else ""
 
 
-def _thumbnails(images: ImageSet, index: Sequence[int]) -> np.ndarray:
-    """Return pictures as uint8 [M, 96, W, 3]; W as the shape of the first asks for."""
+def _thumbnails(images: ImageSet, index: Sequence[int], height: int = 96) -> np.ndarray:
+    """Return pictures as uint8 [M, height, W, 3]; W suits the shape of the first."""
     chosen = images.select(torch.tensor(index, dtype=torch.int64))
-    width = 48
-    with suppress(OSError), Image.open(chosen.paths[0]) as first:  # decode tells
-        width = round(96 * min(max(first.width / first.height, 0.4), 2))
-    return decode(chosen, 96, width)[0].numpy()
+    width = height // 2
+    with suppress(InputError), open_picture(chosen.paths[0]) as first:  # decode tells
+        width = round(height * min(max(first.width / first.height, 0.4), 2))
+    return decode(chosen, height, width)[0].numpy()
 
 
 def _sheet_axes(sheet: np.ndarray) -> Axes:
@@ -286,10 +287,12 @@ class Projection:
     coordinates : float32 ndarray [N, 2]
         Without unit; only who is near whom means something.
     method : str
-        ``"umap"`` or ``"tsne"``.
+        ``"pca"``, ``"tsne"`` or ``"umap"``.
     trustworthiness : float
         Of the ten nearest neighbours in the plane, how many are near in truth too:
         1 for a faithful map, about 0.5 for a random one.
+
+    Book: :eq:`trustworthiness`
     """
 
     coordinates: np.ndarray
@@ -298,24 +301,28 @@ class Projection:
 
 
 def project(
-    features: Tensor, method: Literal["umap", "tsne"] = "umap", seed: int = 0
+    features: Tensor, method: Literal["umap", "tsne", "pca"] = "umap", seed: int = 0
 ) -> Projection:
-    """Lay features out in the plane by UMAP or t-SNE, on cosine distance.
+    """Lay features out in the plane by UMAP or t-SNE, on cosine distance, or by PCA.
 
     Parameters
     ----------
     features : FloatTensor [N, D]
         N of 8 at least.
     method : str
-        Either is a map of neighbourhoods: distances between far groups mean nothing.
+        UMAP and t-SNE are maps of neighbourhoods: distances between far groups mean
+        nothing. PCA, the two directions of largest variance, is linear and invents
+        no groups, but hides most of what the features hold.
     seed : int
-        Of the random numbers. Coordinates still differ between machines.
+        Of the random numbers (PCA takes none). Coordinates still differ between
+        machines.
 
     Raises
     ------
     ValueError
         When there are fewer than 8 features.
     """
+    from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE, trustworthiness
 
     x = features.float().cpu().numpy()
@@ -332,6 +339,8 @@ def project(
             random_state=seed,
             n_jobs=1,
         ).fit_transform(x)
+    elif method == "pca":
+        placed = PCA(n_components=2, svd_solver="full").fit_transform(x)
     else:
         placed = TSNE(
             perplexity=min(30, (n - 1) / 3), metric="cosine", random_state=seed
@@ -376,7 +385,7 @@ def embedding_map(
         panels.append((name, labels, _most_seen(labels, images.camids, limit)))
     panels.append(("camera", images.camids, images.camids.unique().tolist()))
     fig = Figure(figsize=(5.2 * len(panels), 5.6), layout="constrained")
-    kind = {"umap": "UMAP", "tsne": "t-SNE"}[projection.method]
+    kind = {"umap": "UMAP", "tsne": "t-SNE", "pca": "PCA"}[projection.method]
     x, y = projection.coordinates.T
     axes = fig.subplots(1, len(panels), squeeze=False)[0]
     for ax, (what, of, marked) in zip(axes, panels, strict=True):
@@ -651,3 +660,138 @@ def cluster_flow(epochs: Sequence[Tensor]) -> Figure:
     bottom.set_xlabel("epoch")
     bottom.xaxis.set_major_locator(MaxNLocator(12, integer=True))
     return fig
+
+
+def cluster_replay(
+    runs: Mapping[str, Sequence[Tensor]],
+    images: ImageSet,
+    labels: Tensor | None = None,
+    *,
+    limit: int = 3,
+    per_camera: int = 2,
+    between: int = 0,
+) -> list[Image.Image]:
+    """Draw how some pictures change clusters: the frames of a film, from epoch 0 on.
+
+    Each run has a block of rows, and a row holds some pictures of one label. Those of
+    one cluster stand together in a frame, outliers without one at the row's end, and
+    each has its camera's number below. A blue frame holds pictures of that label only;
+    in a red one with two lines there are others too, as many as the number above it
+    says.
+
+    Parameters
+    ----------
+    runs : mapping of str to sequence of LongTensor [N]
+        For each run, by its name, the pseudo labels of each epoch, −1 for outliers;
+        equally many epochs.
+    images : ImageSet
+        The N pictures.
+    labels : LongTensor [N], optional
+        What a row holds, such as a cluster. By default the identity.
+    limit : int
+        Rows in a block: the labels seen by most cameras, then with most pictures.
+    per_camera : int
+        Pictures of a label and camera at most: the first ones.
+    between : int
+        Frames between two epochs, in which the pictures move to their new places.
+
+    Raises
+    ------
+    ValueError
+        When there are no identities and no `labels`, or no label of 0 or more.
+    """
+    from o2cap.evaluation import clustering_quality  # seconds to import
+
+    labels = images.pids if labels is None else labels
+    if labels is None or not bool((labels >= 0).any()):
+        raise ValueError("there is no label to make rows of: give labels")
+    pids = torch.full_like(labels, -1) if images.pids is None else images.pids
+    shown = _most_seen(labels, images.camids, limit)
+    rows = []
+    for label in shown:
+        mine = (labels == label).nonzero().flatten()
+        cameras = images.camids[mine]
+        first = [mine[cameras == camera][:per_camera] for camera in cameras.unique()]
+        rows.append(torch.cat(first).tolist())
+    index = [i for row in rows for i in row]
+    pixels = _thumbnails(images, index, 64)
+    _, tall, wide, _ = pixels.shape
+    edge, gap, head, step = 60, 14, 44, tall + 42
+    block = head + len(rows) * step
+
+    # Where each picture stands, and what the headings say.
+    places: list[dict[tuple[str, int], tuple[int, int]]] = []
+    headings: list[list[str]] = []
+    for e in range(len(next(iter(runs.values())))):
+        places.append({})
+        headings.append([])
+        for r, (run, epochs) in enumerate(runs.items()):
+            found = clustering_quality(epochs[e], pids, images.camids)
+            words = f"{run}, epoch {e}: {found.clusters} clusters"
+            if np.isfinite(found.ari):
+                words += f", ARI {found.ari:.2f}"
+            if np.isfinite(found.cameras_per_cluster):
+                words += f", {found.cameras_per_cluster:.2f} cameras per cluster"
+            headings[e].append(words)
+            for i, row in enumerate(rows):
+                left, top = edge, r * block + head + i * step + 20
+                for group in _grouped(epochs[e], row):
+                    for picture in group:
+                        places[e][run, picture] = left, top
+                        left += wide
+                    left += gap
+    right = max(x for place in places for x, _ in place.values()) + wide + gap
+    size = (max(620, right), len(runs) * block)
+    font = font_manager.findfont("DejaVu Sans")
+    text, small = (ImageFont.truetype(font, points) for points in (17, 14))
+
+    def draw(e: int, share: float) -> Image.Image:
+        now = places[e]
+        if share:
+            eased, after = (3 - 2 * share) * share**2, places[e + 1]
+            now = {
+                k: (round(x + eased * (after[k][0] - x)), y)
+                for k, (x, y) in now.items()
+            }
+        frame = Image.new("RGB", size, "white")
+        pen = ImageDraw.Draw(frame)
+        for r, (run, epochs) in enumerate(runs.items()):
+            pen.text((8, r * block + 14), headings[e][r], "black", text)
+            for picture, array in zip(index, pixels, strict=True):
+                x, y = now[run, picture]
+                frame.paste(Image.fromarray(array), (x, y))
+                camera = str(int(images.camids[picture]))
+                pen.text((x + wide // 2, y + tall + 4), camera, "black", small, "mt")
+            for label, row in zip(shown, rows, strict=True):
+                y = now[run, row[0]][1]
+                pen.text((edge // 2, y + tall // 2), str(label), "black", text, "mm")
+                for group in _grouped(epochs[e], row):
+                    cluster = epochs[e][group[0]]
+                    if share or cluster < 0:
+                        continue
+                    x, end = now[run, group[0]][0], now[run, group[-1]][0] + wide
+                    box, bottom = (x - 3, y - 3, end + 2), y + tall
+                    others = int(((epochs[e] == cluster) & (labels != label)).sum())
+                    colour = VERMILLION if others else BLUE
+                    pen.rectangle((*box, bottom + 2), outline=colour, width=2)
+                    if others:
+                        box = (x - 6, y - 6, end + 5)
+                        pen.rectangle((*box, bottom + 5), outline=colour)
+                        pen.text((x, y - 6), f"+{others}", colour, small, "lb")
+        return frame
+
+    steps = (len(places) - 1) * (between + 1) + 1
+    return [
+        draw(i // (between + 1), i % (between + 1) / (between + 1))
+        for i in range(steps)
+    ]
+
+
+def _grouped(clusters: Tensor, pictures: Sequence[int]) -> list[list[int]]:
+    """Return the pictures by cluster, most first; outliers last, each alone."""
+    groups: dict[int, list[int]] = {}
+    for picture in pictures:
+        cluster = int(clusters[picture])
+        groups.setdefault(cluster if cluster >= 0 else ~picture, []).append(picture)
+    order = sorted(groups, key=lambda c: (c < 0, -len(groups[c]), groups[c]))
+    return [groups[c] for c in order]

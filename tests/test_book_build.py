@@ -49,12 +49,18 @@ def test_there_are_chapters() -> None:
     assert NOTEBOOKS
 
 
+@pytest.fixture(scope="session")
+def executed_copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all chapters that this process runs: they share their runs."""
+    return tmp_path_factory.mktemp("executed")
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_chapter_runs_in_the_smoke_profile(
-    path: Path, build: ModuleType, tmp_path: Path
+    path: Path, build: ModuleType, executed_copies: Path
 ) -> None:
-    build.execute(path, tmp_path, {"profile": "smoke"})
-    executed = nbformat.read(tmp_path / path.name, as_version=4)
+    build.execute(path, executed_copies, {"profile": "smoke"})
+    executed = nbformat.read(executed_copies / path.name, as_version=4)
     printed = 0
     for cell in executed.cells:
         for output in cell.get("outputs", []):

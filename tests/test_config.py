@@ -392,7 +392,7 @@ def test_hash_sees_everything_else() -> None:
             {"clustering": replace(base.clustering, k2=5)},
             {"augment": replace(base.augment, erase=0.4)},
             {"synthetic": replace(base.synthetic, strength=0.5)},
-            {"precision": "off"},
+            {"precision": "bf16"},
             {"optim": replace(base.optim, milestones=(0.8, 0.9))},
         )
     ]

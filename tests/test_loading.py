@@ -16,6 +16,7 @@ from scipy.stats import chisquare, kstest
 from torch import Generator, Tensor
 from torchvision import transforms
 
+from o2cap.data import loading
 from o2cap.data.images import ImageSet
 from o2cap.data.loading import (
     MEAN,
@@ -597,3 +598,30 @@ def test_instance_batches_pass_over_all_pictures(
     for start in range(0, iterations, in_pass):
         seen = batches[start : start + in_pass].flatten().tolist()
         assert len(set(seen)) == len(seen)
+
+
+# ------------------------------------------------------------ a share, and a GPU's way
+
+
+@pytest.mark.parametrize("jitter", [0.0, 0.4])
+def test_a_gpus_way_gives_the_same_pictures(
+    jitter: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a kernel a picture: gathers and masks, here on the CPU."""
+    pixels = torch.randint(256, (12, 20, 10, 3), dtype=torch.uint8)
+    for seed in range(20):
+        found = []
+        for by_picture in (True, False):
+            monkeypatch.setattr(loading, "_by_picture", lambda device, b=by_picture: b)
+            generator = torch.Generator().manual_seed(seed)
+            found.append(augment(pixels, generator, pad=0.2, jitter=jitter))
+        assert torch.equal(*found)
+        assert found[1].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_share_of_a_batch_changes_as_in_the_whole() -> None:
+    pixels = torch.randint(256, (12, 20, 10, 3), dtype=torch.uint8)
+    one, two = (torch.Generator().manual_seed(1) for _ in "ab")
+    whole = augment(pixels, one, pad=0.2)
+    assert torch.equal(augment(pixels, two, pad=0.2, rows=slice(3, 7)), whole[3:7])
+    assert torch.equal(torch.rand(3, generator=one), torch.rand(3, generator=two))

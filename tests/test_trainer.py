@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import resource
 import shutil
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -864,3 +866,69 @@ def test_training_off_the_main_thread(
     worker.start()
     worker.join()
     assert outcome(tmp_path) == outcome(whole)
+
+
+# ---------------------------------------------------------- one directory, one program
+
+
+def test_a_second_program_waits_and_finds_the_finished_run(
+    whole: Path, data: ReIDDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "o2cap")
+    config = tiny.config(tmp_path / "run")
+    training, goes_on = threading.Event(), threading.Event()
+    found: dict[str, trainer.RunResult] = {}
+    epochs: dict[str, list[int]] = {"first": [], "second": []}
+
+    def program(name: str) -> None:
+        def on_epoch(record: dict[str, Any]) -> None:
+            epochs[name].append(record["epoch"])
+            training.set()
+            assert goes_on.wait(60)
+
+        found[name] = train(config, data, on_epoch=on_epoch)
+
+    first = threading.Thread(target=program, args=("first",), daemon=True)
+    second = threading.Thread(target=program, args=("second",), daemon=True)
+    first.start()
+    assert training.wait(60)
+    second.start()
+    while second.is_alive() and "waiting for it" not in caplog.text:
+        second.join(0.01)
+    assert epochs == {"first": [0], "second": []}
+    goes_on.set()
+    first.join()
+    second.join()
+    assert epochs == {"first": [0, 1], "second": []}
+    assert found["first"].history == found["second"].history
+    assert caplog.text.count(f"another process is training in {tmp_path / 'run'}") == 1
+    assert outcome(tmp_path / "run") == outcome(whole)
+    assert not (tmp_path / "run/.lock").exists()
+
+
+def _hold(config: settings.Config, data: ReIDDataset) -> None:
+    def on_epoch(record: dict[str, Any]) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    train(config, data, on_epoch=on_epoch)
+
+
+def test_a_dead_program_holds_nothing(
+    whole: Path,
+    data: ReIDDataset,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "o2cap")
+    config = tiny.config(tmp_path / "run")
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["o2cap.cli", "o2cap.trainer"])
+    process = processes.Process(target=_hold, args=(config, data))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert (tmp_path / "run/.lock").exists()
+    train(config, data)
+    assert "waiting" not in caplog.text
+    assert outcome(tmp_path / "run") == outcome(whole)
+    assert not (tmp_path / "run/.lock").exists()

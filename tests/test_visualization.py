@@ -166,7 +166,7 @@ def blobs(n: int = 12, groups: int = 3) -> tuple[Tensor, Tensor]:
     return torch.nn.functional.normalize(features), group
 
 
-@pytest.mark.parametrize("method", ["umap", "tsne"])
+@pytest.mark.parametrize("method", ["umap", "tsne", "pca"])
 def test_maps_keep_groups_together_and_repeat(method: str) -> None:
     features, group = blobs()
     placed = viz.project(features, method, seed=1)  # type: ignore[arg-type]
@@ -179,6 +179,15 @@ def test_maps_keep_groups_together_and_repeat(method: str) -> None:
     assert placed.trustworthiness > 0.8
     again = viz.project(features, method, seed=1)  # type: ignore[arg-type]
     assert np.array_equal(placed.coordinates, again.coordinates)
+
+
+def test_pca_keeps_the_two_directions_of_largest_variance() -> None:
+    features = torch.randn(50, 6) * torch.tensor([1.0, 9, 2, 5, 1, 3])
+    centred = features - features.mean(dim=0)
+    _, largest = torch.linalg.eigh((centred.T @ centred).double())
+    wanted = centred.double() @ largest[:, [-1, -2]]
+    placed = viz.project(features, "pca").coordinates
+    assert np.allclose(np.abs(placed), wanted.abs().numpy(), atol=1e-4)
 
 
 def test_a_map_needs_eight_pictures() -> None:
@@ -340,3 +349,64 @@ def test_camera_spread_counts_by_hand() -> None:
     heights = [[int(b.get_height()) for b in bars] for bars in ax.containers]
     assert heights == [[2, 0, 1], [0, 2]]
     assert ax.get_xlabel() == "cameras in the cluster"
+
+
+def places(frame: Image.Image, pictures: ImageSet) -> dict[int, tuple[int, ...]]:
+    """Return where each picture of identity 0 lies in a frame: left, top, right."""
+    array, found = np.asarray(frame), {}
+    for i in range(6):
+        with Image.open(pictures.paths[i]) as one:
+            rows, columns = np.nonzero((array == one.getpixel((0, 0))).all(axis=2))
+        if len(rows):
+            found[i] = int(columns.min()), int(rows.min()), int(columns.max()) + 1
+    return found
+
+
+def test_replay_by_hand(pictures: ImageSet) -> None:
+    # the six pictures of identity 0; number 6 is one of identity 1
+    first, last = torch.full((2, len(pictures)), -1)
+    first[:7] = torch.tensor([3, 3, 0, 0, -1, -1, 0])
+    last[:6] = 1
+    frames = viz.cluster_replay({"a run": [first, last]}, pictures, limit=1, between=3)
+    assert len(frames) == 5 and len({frame.size for frame in frames}) == 1
+    before, halfway, after = (places(frames[i], pictures) for i in (0, 2, 4))
+    # who shares a cluster stands side by side, and outliers stand apart, at the end
+    for (i, j), together in {
+        (0, 1): 1,
+        (1, 2): 0,
+        (2, 3): 1,
+        (3, 4): 0,
+        (4, 5): 0,
+    }.items():
+        assert (before[i][2] == before[j][0]) == together
+        assert after[i][2] == after[j][0]
+    assert before[4][0] > after[4][0] and before[0] == after[0]
+    assert after[5][0] < halfway[5][0] < before[5][0]
+    assert (
+        len({top for found in (before, halfway, after) for _, top, _ in found.values()})
+        == 1
+    )
+    # frames: blue, red with a number, none for outliers and on the way
+    edge = {
+        i: to_hex(np.array(frames[0].getpixel((x - 3, y + 9))) / 255).upper()
+        for i, (x, y, _) in before.items()
+    }
+    assert [edge[0], edge[2]] == [viz.BLUE, viz.VERMILLION]
+    white = np.asarray(frames[0]).reshape(-1, 3)
+    assert edge[4] == edge[5] == "#FFFFFF"
+    assert (white == [213, 94, 0]).all(axis=1).sum() > 400
+    for i, colours in {2: (), 4: (viz.BLUE,)}.items():
+        seen = {tuple(p) for p in np.asarray(frames[i]).reshape(-1, 3).tolist()}
+        for name in (viz.BLUE, viz.VERMILLION):
+            assert (tuple(bytes.fromhex(name[1:])) in seen) == (name in colours)
+
+
+def test_replay_of_clusters_where_no_identity_is_known(pictures: ImageSet) -> None:
+    unknown, labels = pictures.without_identities(), torch.arange(22) // 6
+    still = {"one": [labels, labels], "other": [labels.flip(0), labels]}
+    a, b = viz.cluster_replay(still, unknown, labels, limit=2)
+    half = a.height // 2
+    assert np.array_equal(np.asarray(a)[50:half], np.asarray(b)[50:half])
+    assert not np.array_equal(np.asarray(a)[half + 50 :], np.asarray(b)[half + 50 :])
+    with pytest.raises(ValueError, match="give labels"):
+        viz.cluster_replay(still, unknown)

@@ -19,9 +19,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from PIL import Image
 
-from o2cap.data.images import ImageSet, ReIDDataset, is_picture, list_pictures
+from o2cap.data.images import (
+    ImageSet,
+    ReIDDataset,
+    is_picture,
+    list_pictures,
+    open_picture,
+)
 from o2cap.errors import InputError, unknown
 
 # Published counts (the data sets' own pages and papers; MSMT17's pictures without
@@ -209,11 +214,11 @@ def verify_dataset(
 def _unreadable(path: Path) -> str | None:
     """Return why a picture cannot be decoded, or None."""
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             image.draft("RGB", (16, 16))  # JPEG: reads every byte, decodes 1/8 size
             image.load()
-    except Exception as error:  # Pillow's plug-ins raise many kinds on broken files
-        return f"{path} cannot be read as a picture ({type(error).__name__}: {error})"
+    except InputError as error:
+        return str(error)
     return None
 
 
@@ -639,7 +644,8 @@ class _Files:
         # A file system that ignores case may know a name that its listing spells
         # otherwise; so ask it before calling a file missing.
         exists = name in links or os.path.isfile(path)
-        if links.get(name, True):
+        # (Of a million missing files, none is asked where it would lie.)
+        if links.get(name, exists or name == ".."):
             inside = self._inside(os.path.realpath(path))
         return _File(path, real + os.sep + name, exists, inside)
 

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from o2cap.errors import InputError
+
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+# What a file may hold, whatever its suffix. Pillow knows forty more formats: parsers
+# of long-forgotten ones, and PostScript, for which it starts another program.
+PICTURE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")
 
 
 def is_picture(name: str) -> bool:
@@ -32,6 +40,31 @@ def list_pictures(folder: Path) -> list[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(where, name) for name in names if is_picture(name)]
     return sorted(found)
+
+
+@contextmanager
+def open_picture(path: Path) -> Iterator[Image.Image]:
+    """Open a picture, of which nobody knows where it comes from.
+
+    Raises
+    ------
+    InputError
+        Names the file when it is missing, of no known format, damaged or absurdly
+        large: here, or when the caller decodes it.
+    """
+    try:
+        with Image.open(path, formats=PICTURE_FORMATS) as picture:
+            most = Image.MAX_IMAGE_PIXELS  # Pillow itself stops at twice as many
+            if most and picture.width * picture.height > most:
+                size = f"{picture.width} × {picture.height}"
+                raise ValueError(f"it has {size} pixels")
+            yield picture
+    except Exception as error:  # Pillow's plug-ins raise many kinds on broken files
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(
+            f"{path} cannot be read as a picture ({reason}); repair or remove it, or "
+            "leave such pictures out with --skip-unreadable True."
+        ) from error
 
 
 @dataclass(frozen=True)

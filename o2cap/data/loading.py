@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from o2cap.data.images import ImageSet
+from o2cap.data.images import ImageSet, open_picture
 from o2cap.errors import InputError
 
 logger = logging.getLogger("o2cap")
@@ -38,22 +38,16 @@ def read_picture(path: Path, height: int, width: int) -> np.ndarray:
     InputError
         Names the file when it is missing, unreadable, truncated or absurdly large.
     """
-    try:
-        with Image.open(path) as picture:
-            upright = ImageOps.exif_transpose(picture)
-            if upright.mode.startswith("I;16"):
-                # Pillow would clip 16 bits at 255, not scale them.
-                scaled = np.asarray(upright, dtype=np.uint16) >> 8
-                upright = Image.fromarray(scaled.astype(np.uint8))
-            resized = upright.convert("RGB").resize(
-                (width, height), Image.Resampling.BICUBIC
-            )
-            return np.asarray(resized)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(
-            f"The picture {path} cannot be read ({error}); repair or remove it, or "
-            "leave such pictures out with --skip-unreadable True."
-        ) from error
+    with open_picture(path) as picture:
+        upright = ImageOps.exif_transpose(picture)
+        if upright.mode.startswith("I;16"):
+            # Pillow would clip 16 bits at 255, not scale them.
+            scaled = np.asarray(upright, dtype=np.uint16) >> 8
+            upright = Image.fromarray(scaled.astype(np.uint8))
+        resized = upright.convert("RGB").resize(
+            (width, height), Image.Resampling.BICUBIC
+        )
+        return np.asarray(resized)
 
 
 def decode(
@@ -168,6 +162,7 @@ def augment(
     pad: float = 10 / 256,
     erase: float = 0.5,
     jitter: float = 0.0,
+    rows: slice = slice(None),
 ) -> Tensor:
     """Change a batch at random and normalise it, on the device where it lies.
 
@@ -187,14 +182,17 @@ def augment(
         Border, as a share of the height.
     jitter : float
         Strength of brightness, contrast, saturation and tint changes; 0 for none.
+    rows : slice
+        The part of the batch to return; chance is drawn for all of it.
 
     Returns
     -------
     FloatTensor [B, 3, H, W]
-        In the channels-last memory format.
+        In the channels-last memory format; the chosen rows.
     """
     batch, height, width, _ = pixels.shape
-    draw = torch.rand(batch, 12, generator=generator)
+    draw = torch.rand(batch, 12, generator=generator)[rows]
+    pixels = pixels[rows]
     border = round(pad * height)
 
     start = (draw[:, :2] * (2 * border + 1)).long()
@@ -203,23 +201,49 @@ def augment(
         changed = _jitter(changed, draw[:, 3:9].to(pixels.device), jitter)
     pictures = normalise(changed)
     if erase > 0:
-        tries = torch.rand(batch, 10, 2, generator=generator)
-        boxes = _boxes(height, width, draw[:, 9:], tries, erase)
+        tries = torch.rand(batch, 10, 2, generator=generator)[rows]
+        _erase(pictures, _boxes(height, width, draw[:, 9:], tries, erase))
+    return pictures
+
+
+def _by_picture(device: torch.device) -> bool:
+    # On a CPU slices, picture by picture, are several times faster than one gather;
+    # on a GPU each would be a kernel to launch.
+    return device.type == "cpu"
+
+
+def _erase(pictures: Tensor, boxes: Tensor) -> None:
+    """Set a rectangle in each picture to 0; `boxes` is as :func:`_boxes` returns it."""
+    if _by_picture(pictures.device):
         for picture, box in zip(pictures, boxes.tolist(), strict=True):
             top, left, bottom, right = box
             if bottom > top:
                 picture[:, top:bottom, left:right] = 0
-    return pictures
+        return
+    height, width = pictures.shape[2:]
+    boxes = boxes.to(pictures.device, non_blocking=True)[:, :, None]
+    row = torch.arange(height, device=pictures.device)
+    column = torch.arange(width, device=pictures.device)
+    tall = (boxes[:, 0] <= row) & (row < boxes[:, 2])
+    wide = (boxes[:, 1] <= column) & (column < boxes[:, 3])
+    pictures.masked_fill_((tall[:, :, None] & wide[:, None])[:, None], 0)
 
 
 def _moved(pixels: Tensor, border: int, start: Tensor, mirror: Tensor) -> Tensor:
     """Cut a window from each black-framed picture, and mirror some.
 
     `start`, [B, 2], is the top left corner within the frame; `mirror` is bool [B].
-    Slices, picture by picture: on a CPU several times faster than one gather.
     """
     height, width = pixels.shape[1:3]
     framed = F.pad(pixels, (0, 0, border, border, border, border))
+    if not _by_picture(pixels.device):
+        across = torch.arange(width)
+        row = start[:, :1] + torch.arange(height)
+        column = start[:, 1:] + torch.where(mirror[:, None], across.flip(0), across)
+        row = row.to(pixels.device, non_blocking=True)
+        column = column.to(pixels.device, non_blocking=True)
+        picture = torch.arange(len(pixels), device=pixels.device)
+        return framed[picture[:, None, None], row[:, :, None], column[:, None]]
     windows = []
     for picture, (top, left), flip in zip(
         framed, start.tolist(), mirror.tolist(), strict=True
@@ -301,6 +325,8 @@ def proxy_batches(
     ------
     ValueError
         When there is no proxy.
+
+    Book: :eq:`proxy_batches`
     """
     count = label[label >= 0].bincount()
     if len(count) == 0:

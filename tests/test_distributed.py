@@ -1,0 +1,411 @@
+"""Several processes compute what one does, and end together.
+
+They run on the CPU and talk by gloo. Most are forked from a server that has imported
+everything, which torchrun's own would do each for itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_trainer import lines, outcome, trained
+from torch import nn
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from o2cap import cli, distributed, losses, trainer
+from o2cap.backbone import build_model
+from o2cap.config import BatchConfig, Config
+from o2cap.data.images import ReIDDataset
+from o2cap.errors import InputError, TrainingError
+from o2cap.proxies import split_by_camera
+from o2cap.trainer import train
+
+K = 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny") / "data"
+    tiny.write_pictures(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> ReIDDataset:
+    folder = tmp_path_factory.mktemp("tiny") / "data"
+    return tiny.as_dataset(folder, tiny.write_pictures(folder))
+
+
+def command(folder: Path, output: Path, **changes: Any) -> list[str]:
+    """Return the words of a tiny training on the command line."""
+    where = ["--dataset", "manifest", "--root", str(folder / "manifest.csv")]
+    return ["train", *where, "--output", str(output), *tiny.options(**changes)]
+
+
+# -------------------------------------------------------------------- several processes
+
+
+def _as_rank(rank: int, port: int, said: Path, work: Any, args: Any) -> None:
+    for name, value in {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": K,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }.items():
+        os.environ[name] = str(value)
+    with said.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    raise SystemExit(work(*args))
+
+
+def forkserver() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    # (Before Python 3.13 the server does not find this file and what it imports.)
+    needed = ["pytest", "hypothesis.strategies", "torch.distributed.launcher.api"]
+    context.set_forkserver_preload(["o2cap.cli", "o2cap.trainer", *needed])
+    return context
+
+
+def run(said: Path, work: Callable[..., int | None], *args: Any) -> list[int | None]:
+    """Let K processes do `work`, and return their exit codes, None for one that hangs.
+
+    What they say goes to the file `said`.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes: list[BaseProcess] = []
+    for rank in range(K):
+        given_ = (rank, port, said, work, args)
+        processes.append(forkserver().Process(target=_as_rank, args=given_))
+        processes[-1].daemon = True
+        processes[-1].start()
+    for process in processes:
+        process.join(300)
+    return [process.exitcode for process in processes]
+
+
+# -------------------------------------------------------------------------- the pieces
+
+
+@given(st.integers(0, 40), st.integers(1, 9))
+def test_shares_are_all_rows_in_order(n: int, processes: int) -> None:
+    found: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "size", lambda: processes)
+        for rank in range(processes):
+            patch.setattr(distributed, "rank", lambda r=rank: r)
+            own = list(range(n))[distributed.share(n)]
+            assert len(own) <= -(-n // processes)
+            found += own
+    assert found == list(range(n))
+
+
+def _pieces() -> None:
+    with distributed.joined():
+        rank = distributed.rank()
+        for n in (6, 5, 1):  # equal shares, unequal ones, and one that is empty
+            whole = torch.randn(n, 3, generator=torch.Generator().manual_seed(n))
+            own = distributed.share(n)
+            mine = whole[own].clone().requires_grad_()
+            found = distributed.gather(mine, n)
+            assert torch.equal(found, whole)
+            weight = torch.arange(3.0 * n).view(n, 3)
+            (found * weight).sum().backward()
+            assert mine.grad is not None
+            assert torch.equal(mine.grad, K * weight[own])
+            numbers = torch.arange(n)
+            assert torch.equal(distributed.gather(numbers[own], n), numbers)
+
+        assert distributed.on_first(lambda: f"from {rank}") == "from 0"
+        nested = distributed.on_first(lambda: distributed.on_first(lambda: rank + 7))
+        assert (nested, distributed.on_first(lambda: rank + 8)) == (7, 8)
+        module = nn.BatchNorm1d(2)
+        module.running_mean += rank  # type: ignore[operator]
+        distributed.copy_buffers(module)
+        assert torch.equal(module.running_mean, torch.zeros(2))  # type: ignore
+
+        def refuse(culprit: int) -> None:
+            if rank == culprit:
+                raise InputError(f"refused by {culprit}.")
+
+        with pytest.raises(InputError, match="refused by 0"):
+            distributed.on_first(refuse, 0)
+        for culprit in range(K):
+            expected = pytest.raises(InputError, match=f"refused by {culprit}")
+            with expected, distributed.together():
+                refuse(culprit)
+
+
+def test_the_pieces(tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    assert run(said, _pieces) == [0, 0], said.read_text()
+
+
+def _freeze_statistics() -> None:
+    """Batch norm stays in evaluation mode: no picture depends on another."""
+
+    def train_(self: nn.Module, mode: bool = True) -> nn.Module:
+        return nn.Module.train(self, False)
+
+    nn.modules.batchnorm._BatchNorm.train = train_  # type: ignore[method-assign]
+
+
+def _gradient() -> None:
+    _freeze_statistics()
+    with distributed.joined():
+        torch.manual_seed(0)
+        model = build_model("tiny_resnet", "none", height=32, width=16).train()
+        alone = copy.deepcopy(model)
+        network = distributed.parallel(model, torch.device("cpu"))
+        pictures = torch.randn(12, 3, 32, 16)
+        features = network(pictures[distributed.share(12)])
+        losses.instance_loss(distributed.gather(features, 12)).backward()
+        losses.instance_loss(alone(pictures)).backward()
+        for mine, whole in zip(model.parameters(), alone.parameters(), strict=True):
+            if whole.grad is None:
+                assert mine.grad is None
+                continue
+            scale = float(whole.grad.abs().max())
+            torch.testing.assert_close(
+                mine.grad, whole.grad, rtol=1e-4, atol=1e-5 * scale
+            )
+
+
+def test_the_gradient_is_that_of_the_whole_batch(tmp_path: Path) -> None:
+    """With its factor: neither K times too large nor too small."""
+    said = tmp_path / "said"
+    assert run(said, _gradient) == [0, 0], said.read_text()
+
+
+# ----------------------------------------------------------------- equal to one process
+
+
+def _train(config: Config, data: ReIDDataset, notes: Path, frozen: bool) -> None:
+    """Train, and note what memory, model and records this process ends up with."""
+    if frozen:
+        _freeze_statistics()
+    real, memories = trainer.train_epoch, []
+
+    def train_epoch(*args: Any, **kwargs: Any) -> Any:
+        record = real(*args, **kwargs)
+        memories.append(args[3].centroids.clone())
+        return record
+
+    trainer.train_epoch = train_epoch
+    result = train(config, data)
+    history = [{k: v for k, v in r.items() if k != "seconds"} for r in result.history]
+    torch.save(
+        {"memories": memories, "model": result.model.state_dict(), "history": history},
+        notes / f"{os.environ.get('RANK', 'alone')}.pt",
+    )
+
+
+def noted(folder: Path, name: str) -> Any:
+    return torch.load(folder / f"{name}.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("method", ["both", "baseline"])
+def test_two_processes_train_as_one(
+    method: Any, data: ReIDDataset, tmp_path: Path
+) -> None:
+    """Losses, memory, pseudo labels, metrics and weights, with frozen batch norm."""
+    said = tmp_path / "said"
+    config = tiny.config(tmp_path / "two", method=method, precision="off")
+    assert run(said, _train, config, data, tmp_path, True) == [0, 0], said.read_text()
+    config = replace(config, output=tmp_path / "one")
+    alone = forkserver().Process(target=_train, args=(config, data, tmp_path, True))
+    alone.start()
+    alone.join()
+    first, second, one = (noted(tmp_path, name) for name in ("0", "1", "alone"))
+
+    assert first["history"] == second["history"]
+    assert len(first["memories"]) == len(one["memories"]) == config.epochs
+    for x, y, z in zip(*(n["memories"] for n in (first, second, one)), strict=True):
+        assert torch.equal(x, y)
+        torch.testing.assert_close(x, z, rtol=0, atol=1e-5)
+    for name, value in first["model"].items():
+        assert torch.equal(value, second["model"][name])
+        # Adam makes whole steps of gradients so small that rounding decides them.
+        torch.testing.assert_close(value, one["model"][name], rtol=0, atol=5e-4)
+
+    assert trained(tmp_path / "two")[1] == trained(tmp_path / "one")[1]  # pseudo labels
+    for name in ("warm_start.jsonl", "metrics.jsonl"):
+        for x, y in zip(
+            lines(tmp_path / "two", name), lines(tmp_path / "one", name), strict=True
+        ):
+            x.pop("seconds", None)
+            y.pop("seconds", None)
+            assert x == pytest.approx(y, rel=1e-5)
+
+
+def test_statistics_per_process_are_the_difference(
+    data: ReIDDataset, tmp_path: Path
+) -> None:
+    """Batch norm as usual: another result than one process's, the same on both."""
+    said = tmp_path / "said"
+    config = tiny.config(tmp_path / "two", precision="off")
+    assert run(said, _train, config, data, tmp_path, False) == [0, 0], said.read_text()
+    one = train(replace(config, output=tmp_path / "one"), data)
+    first, second = noted(tmp_path, "0"), noted(tmp_path, "1")
+    assert first["history"] == second["history"]
+    for name, value in first["model"].items():  # running statistics too
+        assert torch.equal(value, second["model"][name])
+    for x, y in zip(first["memories"], second["memories"], strict=True):
+        assert torch.equal(x, y)
+    began = [lines(tmp_path / name, "warm_start.jsonl")[0] for name in ("one", "two")]
+    assert began[0]["loss"] != pytest.approx(began[1]["loss"], rel=1e-4)
+    assert one.config.hash() == config.hash()
+
+
+# ----------------------------------------------------------------------------- refusals
+
+
+def test_a_batch_that_does_not_divide_is_refused_once(
+    folder: Path, tmp_path: Path
+) -> None:
+    said = tmp_path / "said"
+    sizes = {"batch.proxies": 3, "batch.images": 3}
+    assert run(said, cli.main, command(folder, tmp_path / "run", **sizes)) == [2, 2]
+    assert said.read_text().count("o2cap: ") == 1
+    assert "A batch of 9 pictures (--batch.proxies times --batch.images) does not" in (
+        said.read_text()
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_batches_are_looked_at_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny.config(tmp_path, batch=BatchConfig(proxies=3, images=1))
+    monkeypatch.setattr(distributed, "size", lambda: 3)
+    with pytest.raises(InputError, match=r"32 pictures \(twice --warm-start"):
+        trainer.check_batches(config)
+    trainer.check_batches(replace(config, weights="a file"))
+
+
+def test_an_epoch_of_too_few_proxies_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clusters may be fewer than a batch wants, and batches smaller than usual."""
+    config = tiny.config(tmp_path, batch=BatchConfig(proxies=4, images=1))
+    proxies = split_by_camera(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 0]))
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    nothing: Any = None
+    with pytest.raises(TrainingError, match="3 proxies, so batches of 3 pictures"):
+        trainer.train_epoch(
+            *(nothing, nothing, nothing, nothing, proxies, nothing, config, nothing),
+            epoch=1,
+            paths=[],
+        )
+
+
+def test_what_the_first_process_refuses_ends_all_with_one_sentence(
+    folder: Path, tmp_path: Path
+) -> None:
+    said, words = tmp_path / "said", command(folder, tmp_path / "run", epochs=1)
+    assert cli.main(words) == 0
+    (tmp_path / "run/summary.json").unlink()
+    (tmp_path / "run/checkpoint.pt").write_bytes(b"x" * 99)
+    assert run(said, cli.main, words) == [2, 2]
+    (sentence,) = [x for x in said.read_text().splitlines() if x.startswith("o2cap: ")]
+    assert "checkpoint.pt is damaged" in sentence
+    assert "Traceback" not in said.read_text()
+
+
+def test_options_are_refused_once(folder: Path, tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    words = [*command(folder, tmp_path / "run"), "--epoch", "3"]
+    assert run(said, cli.main, words) == [2, 2]
+    assert said.read_text().count("Unrecognized options: --epoch") == 1
+
+
+# ----------------------------------------------------------------------------- torchrun
+
+
+def _die(config: Config, data: ReIDDataset, victim: int) -> None:
+    def on_epoch(record: Any) -> None:
+        if distributed.rank() == victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train(config, data, on_epoch=on_epoch)
+
+
+def resume(config: Config, data: ReIDDataset) -> None:
+    """Finish, in one process, what several left after its first epoch."""
+    assert [record["epoch"] for record in lines(config.directory())] == [0]
+    before = (config.directory() / "metrics.jsonl").read_bytes()
+    seen: list[int] = []
+    train(config, data, on_epoch=lambda record: seen.append(record["epoch"]))
+    assert seen == [1, 2]
+    assert (config.directory() / "metrics.jsonl").read_bytes().startswith(before)
+    assert (config.directory() / "summary.json").is_file()
+
+
+@pytest.mark.parametrize("victim", range(K))
+def test_a_killed_process_is_missed_and_the_run_can_be_resumed(
+    victim: int, data: ReIDDataset, tmp_path: Path
+) -> None:
+    said, config = tmp_path / "said", tiny.config(tmp_path / "run", epochs=3)
+    ended = run(said, _die, config, data, victim)
+    assert ended[victim] == -signal.SIGKILL and ended[1 - victim] == 1
+    assert (
+        f"Process {1 - victim} of 2 lost the connection to another one, which has "
+        "stopped; the same command goes on from the last checkpoint."
+    ) in said.read_text()
+    resume(config, data)
+
+
+def test_torchrun_ends_the_job_of_a_killed_process(
+    data: ReIDDataset, tmp_path: Path
+) -> None:
+    """Its agent, with processes from the fork server."""
+    config = tiny.config(tmp_path / "run", epochs=3)
+    forkserver()
+    launch = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=K,
+        run_id="test",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="forkserver",
+        logs_specs=DefaultLogsSpecs(str(tmp_path / "logs"), redirects=Std.ALL),
+    )
+    with pytest.raises(ChildFailedError):
+        elastic_launch(launch, _die)(config, data, 1)
+    resume(config, data)
+
+
+def test_torchrun_of_one_process_is_a_plain_run(folder: Path, tmp_path: Path) -> None:
+    plain, torchrun = tmp_path / "plain", tmp_path / "torchrun"
+    assert cli.main(command(folder, plain)) == 0
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    words = [*program, "--nproc-per-node", "1", "-m", "o2cap"]
+    ended = subprocess.run(
+        [*words, *command(folder, torchrun)], capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == f"{torchrun}\n"
+    assert outcome(torchrun) == outcome(plain)

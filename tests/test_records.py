@@ -1,0 +1,457 @@
+"""Statistics over seeds, and the tables made of records."""
+
+import csv
+import io
+import json
+import math
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from o2cap.errors import InputError
+from o2cap.records import (
+    BEFORE,
+    PUBLISHED,
+    Record,
+    ablation_table,
+    bootstrap_interval,
+    by_seed,
+    convergence,
+    cost_table,
+    default_value,
+    failures_table,
+    gain_figure,
+    gain_table,
+    in_words,
+    paired_difference,
+    paired_table,
+    published_table,
+    read_record,
+    read_results,
+    seeds_table,
+    select,
+    sensitivity_table,
+    summarise,
+    variance_components,
+    with_defaults,
+    write_tables,
+)
+
+MEAN = {"baseline": 0.2, "offline": 0.3, "online": 0.5, "both": 0.5}
+
+
+def row(method="both", seed=10, m_ap=0.5, **changes):
+    """A row as `o2cap reproduce` writes it."""
+    return {
+        "dataset": "synthetic",
+        "method": method,
+        "seed": seed,
+        "data_seed": None,
+        "study": None,
+        "value": None,
+        "metrics": {"mAP": m_ap, "rank1": m_ap, "mINP": None},
+        "before": {"mAP": 0.17},
+        "clusters": {"ari": m_ap, "clusters": 120, "cameras_per_cluster": 2.5},
+        "history": [
+            {"epoch": e, "mAP": m_ap * (e + 1) / 2, "ari": None if e else m_ap}
+            for e in range(2)
+        ],
+        "seconds": {"extract": 1.0, "train": 10.0 + seed, "cpu": 30.0},
+        **changes,
+    }
+
+
+def ablation():
+    noise = {10: -0.02, 11: 0.0, 12: 0.03, 13: 0.01, 14: -0.01}
+    return [
+        row(m, s, MEAN[m] + noise[s] + 0.001 * i)
+        for i, m in enumerate(MEAN)
+        for s in noise
+    ]
+
+
+def studies():
+    gap = [
+        row(m, s, MEAN[m] * (1 - v / 4), study="strength", value=v)
+        for m, s, v in product(("baseline", "both"), (10, 11), (0.0, 0.5))
+    ]
+    data = [
+        row("both", s, 0.01 * d, study="data_seed", value=d, data_seed=d)
+        for s, d in product((10, 11), (10, 11))
+        if s != d
+    ]
+    eps = [row("both", s, 0.4, study="eps", value=0.4) for s in (10, 11)]
+    return gap + data + eps
+
+
+def write(folder: Path, target: str, rows, **changes) -> Path:
+    path = folder / f"{target}.json"
+    record = {"target": target, "what": "A test.", "rows": rows, "failures": []}
+    path.write_text(json.dumps(record | changes))
+    return path
+
+
+# ------------------------------------------------------------------------------ reading
+
+
+def test_a_record_is_read(tmp_path):
+    path = write(tmp_path, "ablation", ablation(), commit="abc")
+    record = read_record(path)
+    assert (record.target, record.what) == ("ablation", "A test.")
+    assert len(record.rows) == 20
+    assert record.facts == {"commit": "abc"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "complaint"),
+    [
+        ([row(), row()], "rows 1 and 2 are of the same run"),
+        ([row(), row(data_seed=10)], "rows 1 and 2 are of the same run"),
+        ([row(), {"dataset": "synthetic"}], "row 2 is damaged"),
+        ([row(), 7], "row 2 is damaged"),
+        ([row(metrics=None)], "row 1 is damaged"),
+        ([row(metrics={"mAP": "0.5"})], "row 1 has a metric that is no number"),
+    ],
+)
+def test_rows_that_would_spoil_the_statistics_are_refused(tmp_path, rows, complaint):
+    with pytest.raises(InputError, match=complaint):
+        read_record(write(tmp_path, "ablation", rows))
+
+
+def test_the_same_seed_with_another_value_is_another_run(tmp_path):
+    rows = [row(study="eps", value=v) for v in (0.4, 0.6)] + [row()]
+    assert len(read_record(write(tmp_path, "studies", rows)).rows) == 3
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"rows": []}', None])
+def test_what_is_no_record_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "ablation.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError, match=r"ablation\.json"):
+        read_record(path)
+
+
+def test_only_results_are_read_from_a_folder(tmp_path):
+    write(tmp_path, "ablation", ablation())
+    write(tmp_path, "check", [row()])
+    (tmp_path / "benchmarks.json").write_text('{"what": "speed", "rows": []}')
+    assert [r.target for r in read_results(tmp_path)] == ["ablation"]
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(InputError, match=r"broken\.json"):
+        read_results(tmp_path)
+
+
+def test_shares_become_percent_and_what_is_missing_stays_out():
+    rows = [row(seed=10, m_ap=0.25), row(seed=11), row(seed=12)]
+    rows[1]["metrics"]["mAP"], rows[2]["metrics"]["mAP"] = None, math.nan
+    assert by_seed(rows, "both") == {(10, 10): 25.0}
+    assert by_seed(rows, "both", "clusters")[11, 11] == 120
+    assert by_seed(rows, "both", "mINP") == {}
+    assert by_seed(rows, BEFORE)[10, 10] == pytest.approx(17)
+    assert by_seed(rows, "online") == {}
+
+
+def test_a_study_takes_its_default_from_the_ablation():
+    rows = ablation() + studies()
+    found = with_defaults(rows, "strength")
+    assert {(r["method"], r["seed"], r["value"]) for r in found} == set(
+        product(("baseline", "both"), (10, 11), (0.0, 0.5, 1.0))
+    )
+    assert default_value("strength") == 1.0
+    assert by_seed(select(found, value=1.0), "both") == {
+        k: v for k, v in by_seed(ablation(), "both").items() if k[1] < 12
+    }
+    # where the study ran the default itself, that stays
+    own = row(seed=10, m_ap=0.9, study="strength", value=1.0)
+    found = with_defaults([*rows, own], "strength")
+    assert by_seed(select(found, value=1.0), "both")[10, 10] == pytest.approx(90)
+
+
+def test_data_seeds_are_completed_by_the_runs_where_both_seeds_agree():
+    found = with_defaults(ablation() + studies(), "data_seed")
+    assert set(by_seed(found, "both")) == set(product((10, 11), (10, 11)))
+
+
+# --------------------------------------------------------------------------- statistics
+
+
+def test_the_interval_equals_counting_all_resamples():
+    values = [3.0, 5.0, 10.0, 11.0]
+    means = np.sort([np.mean(r) for r in product(values, repeat=4)])
+    low, high = bootstrap_interval(values, resamples=200_000)
+    assert low == pytest.approx(np.quantile(means, 0.025), abs=0.26)
+    assert high == pytest.approx(np.quantile(means, 0.975), abs=0.26)
+
+
+def test_the_interval_of_three_values_is_their_range():
+    assert bootstrap_interval([4.0, 1.0, 2.5]) == (1.0, 4.0)
+
+
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=12))
+def test_the_interval_holds_the_mean_and_stays_inside_the_values(values):
+    low, high = bootstrap_interval(values, resamples=500)
+    # means of equal numbers round
+    assert min(values) - 1e-9 <= low <= high <= max(values) + 1e-9
+    assert bootstrap_interval(values, resamples=500) == (low, high)
+    shifted = bootstrap_interval([v + 7 for v in values], resamples=500)
+    assert shifted == pytest.approx((low + 7, high + 7))
+
+
+def test_the_interval_covers_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    for n, share in ((5, 0.82), (10, 0.90)):
+        draws = rng.normal(size=(600, n))
+        intervals = [bootstrap_interval(v, resamples=400) for v in draws]
+        covered = np.mean([low <= 0 <= high for low, high in intervals])
+        assert covered == pytest.approx(share, abs=0.05)
+
+
+def test_a_summary_by_hand():
+    s = summarise([1.0, 2.0, 6.0])
+    assert (s.n, s.mean, s.sd) == (3, 3.0, pytest.approx(7**0.5))
+    assert s.text() == "3.0 ± 2.6 (1.0 to 6.0)"
+    one = summarise([2.0])
+    assert one.text() == "2.0 (1 seed)"
+    assert math.isnan(one.sd) and math.isnan(one.low)
+    with pytest.raises(ValueError, match="no values"):
+        summarise([])
+
+
+def test_differences_are_paired_by_seed():
+    a = {(1, 1): 10.0, (2, 2): 50.0, (3, 3): 90.0}
+    b = {(2, 2): 49.0, (3, 3): 91.0, (1, 1): 7.0, (4, 4): 0.0}
+    d = paired_difference(a, b)
+    assert d is not None
+    assert (d.n, d.mean, d.above) == (3, 1.0, 2)
+    assert d.sd == pytest.approx(2.0)  # of 3, 1, -1; the values themselves vary by 40
+    assert paired_difference(a, {}) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ([5.0, 6.0, 7.0], "both is 6.0 points of mAP above online (+5.0 to +7.0"),
+        ([-5.0, -6.0, -7.0], "both is 6.0 points of mAP below online (-7.0 to -5.0"),
+        ([-1.0, 1.0, 3.0], "no difference is shown: +1.0 points of mAP (-1.0 to +3.0"),
+        ([1.0, 1.2, 6.0], "2.7 points of mAP above online, which so few seeds do not"),
+        ([-1.0, -1.2, -6.0], "2.7 points of mAP below online, which so few seeds do"),
+        ([4.0], "one seed allows no conclusion"),
+    ],
+)
+def test_words_say_no_more_than_the_interval(values, said):
+    text = in_words("both", "online", summarise(values))
+    assert said in text
+    if len(values) > 1:
+        above = sum(v > 0 for v in values)
+        assert f"both is the higher in {above} of 3 seeds" in text
+        assert ("no difference" in text) == (min(values) <= 0 <= max(values))
+
+
+def test_surely_above_zero_takes_both_intervals():
+    # Student: 6 ± 4.303 · 1 / √3 = 6 ± 2.48
+    assert summarise([5.0, 6.0, 7.0]).side() == 1
+    assert summarise([-5.0, -6.0, -7.0]).side() == -1
+    assert summarise([1.4, 2.4, 3.4]).side() == 0  # 2.4 - 2.48 is below 0
+    assert summarise([1.6, 2.6, 3.6]).side() == 1  # 2.6 - 2.48 is not
+    assert summarise([7.0]).side() == 0
+
+
+def test_words_without_a_common_seed():
+    assert "not run on the same seeds" in in_words("a", "b", None)
+
+
+def test_variance_components_by_hand():
+    # two data seeds, means 0 and 10, ±1 inside: training 2, data 50 − 2 / 2
+    values = {(0, 0): -1.0, (0, 1): 1.0, (1, 0): 9.0, (1, 1): 11.0}
+    assert variance_components(values) == (pytest.approx(49.0), pytest.approx(2.0))
+    # equal means: nothing beyond what training explains
+    level = {(0, 0): -1.0, (0, 1): 1.0, (1, 0): -1.0, (1, 1): 1.0}
+    assert variance_components(level) == (0.0, pytest.approx(2.0))
+
+
+def test_variance_components_find_what_was_put_in():
+    rng = np.random.default_rng(0)
+    data = rng.normal(0, 3, 400)
+    values = {
+        (d, s): float(data[d] + rng.normal(0, 2))
+        for d in range(400)
+        for s in range(2 + d % 3)  # not the same number in each
+    }
+    between, inside = variance_components(values)
+    assert between == pytest.approx(9, rel=0.2)
+    assert inside == pytest.approx(4, rel=0.2)
+
+
+@pytest.mark.parametrize("values", [{}, {(0, 0): 1.0}, {(0, 0): 1.0, (1, 1): 2.0}])
+def test_variance_components_need_enough(values):
+    with pytest.raises(ValueError, match="too few"):
+        variance_components(values)
+
+
+# ------------------------------------------------------------------------------- tables
+
+
+def cells(table) -> dict:
+    return {line[0]: dict(zip(table.header, line, strict=True)) for line in table.rows}
+
+
+def test_the_ablation_has_a_line_for_each_method_and_one_before():
+    table = ablation_table(ablation())
+    found = cells(table)
+    assert list(found) == [BEFORE, *MEAN]
+    assert found["both"]["seeds"] == 5
+    assert found["both"]["mAP (%)"] == summarise(by_seed(ablation(), "both").values())
+    assert found["both"]["mAP (%)"].mean == pytest.approx(50.5)
+    assert "mINP (%)" not in table.header  # nobody measured it
+    assert found[BEFORE]["ARI (0 to 1)"] is None
+
+
+def test_markdown_and_csv_hold_the_same():
+    table = ablation_table(ablation())
+    markdown = table.markdown().splitlines()
+    assert len(markdown) == 2 + len(table.rows)
+    assert all(line.count("|") == len(table.header) + 1 for line in markdown)
+    some = table.markdown(["rank-1 (%)", "method"]).splitlines()
+    assert some[0] == "| rank-1 (%) | method |"
+    assert some[-1].endswith("| both |")
+    (line,) = [line for line in markdown if line.startswith("| both")]
+    lines = list(csv.DictReader(io.StringIO(table.csv())))
+    (both,) = [r for r in lines if r["method"] == "both"]
+    mean, sd = float(both["mAP (%) mean"]), float(both["mAP (%) sd"])
+    low, high = float(both["mAP (%) low"]), float(both["mAP (%) high"])
+    assert f"| {mean:.1f} ± {sd:.1f} ({low:.1f} to {high:.1f}) |" in line
+    assert lines[0]["ARI (0 to 1) mean"] == ""  # unknown is empty, not 0
+
+
+def test_paired_lines_count_seeds():
+    found = cells(paired_table(ablation()))
+    assert found["both − baseline"]["seeds above 0"] == "5 of 5"
+    assert found["both − baseline"]["mAP (points)"].mean == pytest.approx(30.3)
+    assert found["both − baseline"]["mAP (points)"].sd == pytest.approx(0, abs=1e-9)
+    assert "intra − baseline" not in found
+
+
+def test_a_study_shows_gains_over_the_baseline():
+    rows = with_defaults(ablation() + studies(), "strength")
+    found = cells(gain_table(rows, "strength"))
+    assert list(found) == [0.0, 0.5, 1.0]
+    assert found[0.0]["both − baseline (points)"].mean == pytest.approx(30)
+    assert found[0.5]["both − baseline (points)"].mean == pytest.approx(30 * 0.875)
+
+
+def test_sensitivity_is_the_change_from_the_usual_value():
+    rows = {"eps": with_defaults(ablation() + studies(), "eps")}
+    low, usual = sensitivity_table(rows).rows
+    assert low[:3] == ["eps", 0.4, "both"]
+    assert usual[1] == default_value("eps") == 0.5
+    # 0.4 against 0.483 and 0.503 of the same seeds
+    assert low[5].mean == pytest.approx(40 - 49.3)
+    assert (low[5].n, low[5].above) == (2, 0)
+    assert usual[5] is None
+
+
+def test_seeds_of_data_and_of_training():
+    (line,) = seeds_table(with_defaults(ablation() + studies(), "data_seed")).rows
+    assert line[:4] == ["both", 2, 2, 4]
+    assert seeds_table(ablation()).rows == []  # one training seed a data seed
+
+
+def test_convergence_is_a_summary_of_each_epoch():
+    curve = convergence(ablation(), "online", "mAP")
+    assert list(curve) == [0, 1]
+    assert curve[1] == summarise(by_seed(ablation(), "online").values())
+    assert curve[0].mean == pytest.approx(curve[1].mean / 2)
+    assert list(convergence(ablation(), "online", "ari")) == [0]  # None is left out
+
+
+def test_costs_are_medians_over_the_runs_that_have_them():
+    rows = [row(seed=s) for s in (10, 11, 30)] + [row(seed=12, seconds={})]
+    rows.append(row("online", 10, seconds={"train": None}))
+    found = cells(cost_table(rows))
+    assert found["both"]["runs"] == 3
+    assert found["both"]["train (s)"] == 21.0
+    assert found["online"]["train (s)"] is None
+
+
+def test_published_numbers_stand_beside_ours_or_beside_nothing():
+    rows = [row(dataset="market1501", seed=s, m_ap=0.8) for s in (0, 1)]
+    rows.append(row(dataset="msmt17", study="eps", value=0.4))  # no ablation
+    table = published_table(rows)
+    found = {(line[0], line[1]): line[2:] for line in table.rows}
+    assert found["market1501", "both"][:2] == [82.7, 92.5]
+    assert found["market1501", "both"][2].mean == pytest.approx(80)
+    assert found["market1501", "both"][2].n == 2
+    ours = [v for k, line in found.items() for v in line[2:] if k[0] != "market1501"]
+    assert ours == [None] * len(ours)
+    assert {k[0] for k in found} == set(PUBLISHED)
+    assert found["veri776", "CAP"] == [40.6, 87.0, None, None]
+
+
+def test_failures_are_counted_and_shown():
+    failure = {"job": "synthetic-both-seed10", "error": "Trace\n back"}
+    table = failures_table([Record("ablation", "", ablation(), [failure], {})])
+    assert table.rows[0][1] == "1 of 21 failed"
+    assert list(table.rows[1][1:]) == ["synthetic-both-seed10", "Trace back"]
+
+
+# ------------------------------------------------------------------------------ writing
+
+
+def test_everything_is_written_and_listed(tmp_path):
+    write(tmp_path, "ablation", ablation(), device="cpu", commit="abc")
+    write(tmp_path, "studies", studies(), failures=[{"job": "x", "error": "y"}])
+    files = write_tables(tmp_path, tmp_path / "out")
+    assert sorted(files) == sorted((tmp_path / "out").iterdir())
+    index = files[0].read_text()
+    names = {f.name for f in files}
+    for stem in ("ablation-synthetic", "strength", "sensitivity"):
+        assert {f"{stem}.svg", f"{stem}.png"} <= names
+        assert f"({stem}.svg)" in index
+    for stem in ("ablation-synthetic-cost", "data_seed", "published"):
+        assert {f"{stem}.md", f"{stem}.csv"} <= names
+        assert (tmp_path / "out" / f"{stem}.md").read_text().rstrip() in index
+    assert "(ablation-synthetic-convergence.csv)" in index
+    assert "1 of" in (tmp_path / "out" / "failures.md").read_text()
+
+
+def test_writing_again_gives_the_same_files(tmp_path):
+    write(tmp_path, "ablation", [row(history=[], seconds={})])
+    first = {f: f.read_bytes() for f in write_tables(tmp_path, tmp_path / "out")}
+    again = {f: f.read_bytes() for f in write_tables(tmp_path, tmp_path / "out")}
+    assert first == again
+
+
+def test_a_single_method_and_seed_is_enough(tmp_path):
+    write(tmp_path, "ablation", [row(history=[], seconds={}, before={}, clusters={})])
+    files = write_tables(tmp_path, tmp_path / "out")
+    assert "(1 seed)" in files[0].read_text()
+
+
+def test_without_records_the_person_is_told(tmp_path):
+    with pytest.raises(InputError, match="run o2cap reproduce first"):
+        write_tables(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_intervals_are_drawn_where_the_numbers_are():
+    rows = with_defaults(ablation() + studies(), "strength")
+    left, right = gain_figure(rows).axes
+    points = [c.lines[0].get_ydata()[0] for c in right.containers]
+    assert points == pytest.approx([30, 30 * 0.875, 30.3])
+    assert left.get_xlabel() == right.get_xlabel() == "camera gap (1: the book's)"
+
+
+def test_the_committed_records_can_be_read():
+    folder = Path(__file__).parents[1] / "reproduce" / "records"
+    tuning = read_record(folder / "tuning.json")
+    assert by_seed(select(tuning.rows, dataset="synthetic"), "both").keys() == {
+        (s, s) for s in range(3)
+    }
+    for record in read_results(folder):
+        for one in select(record.rows, dataset="synthetic", study=None):
+            assert one["seed"] > 2, "a tuning seed among the results"
