@@ -1,8 +1,8 @@
 """Neighbours, sparse Jaccard and DBSCAN against the dense formula, side by side.
 
-The rival computes the same formula (METHOD, step 2) the way public Re-ID codes do:
-a flat faiss search, one row at a time into dense N x N arrays, and scikit-learn's
-DBSCAN on the dense matrix; written here anew from the formula. Both run in one
+The rival computes the same formula (the book's `jaccard_distance`) the way public Re-ID
+codes do: a flat faiss search, one row at a time into dense N x N arrays, and scikit-
+learn's DBSCAN on the dense matrix; written here anew from the formula. Both run in one
 process and take turns; printed are medians of CPU time, peaks of memory over the
 features, and whether distances and labels agree.
 

@@ -2,8 +2,8 @@
 
 What people read goes to standard error; standard output holds what a script wants:
 the run directory, a path, or JSON. Of several processes that torchrun starts, the first
-speaks. Exit codes: 0 done, 2 the person's input, 1 a
-fault of ours, 130 and 143 interrupted, 141 nobody reads the output.
+speaks. Exit codes: 0 done, 2 the person's input, 1 a fault of ours, 130 and 143
+interrupted, 141 nobody reads the output.
 """
 
 from __future__ import annotations

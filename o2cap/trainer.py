@@ -236,7 +236,7 @@ def extract_all(
 
 
 def find_clusters(features: Tensor, config: Config) -> Tensor:
-    """Return pseudo labels, LongTensor [N], −1 for outliers (METHOD steps 2 and 3).
+    """Return pseudo labels, LongTensor [N], −1 for outliers.
 
     Each process searches the neighbours of its share; the first one clusters.
     """
@@ -446,7 +446,7 @@ def train_epoch(
     epoch: int,
     paths: Sequence[Path],
 ) -> Metrics:
-    """Train one epoch on fixed pseudo labels (METHOD step 5).
+    """Train one epoch on fixed pseudo labels.
 
     Parameters
     ----------

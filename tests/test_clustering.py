@@ -25,7 +25,7 @@ def crowd(n, dim=16, seed=0, groups=None, spread=0.6):
 
 
 def dense_jaccard(features, index, k1=20, k2=6):
-    """METHOD, step 2, in float64, with sets and full rows."""
+    """The formula of the book, in float64, with sets and full rows."""
     f, index = features.double().numpy(), index.tolist()
     n = len(f)
     half = round(k1 / 2) + 1

@@ -53,7 +53,7 @@ def test_presets_carry_their_names() -> None:
 
 
 def test_the_papers_settings() -> None:
-    # METHOD, «Settings of the code» and the formulas; one line a number.
+    # Those of the public code and the formulas; one line a number.
     for name in ("market1501", "dukemtmcreid", "msmt17", "veri776"):
         config = preset(name)
         assert config.dataset == name
