@@ -125,13 +125,8 @@ def evaluate(
         workers: Threads that decode pictures; 0 means one a core.
     """
     from o2cap.files import read_json
-    from o2cap.trainer import (
-        Evaluator,
-        Hardware,
-        check_parts,
-        load_configured,
-        load_model,
-    )
+    from o2cap.hardware import Hardware
+    from o2cap.trainer import Evaluator, check_parts, load_configured, load_model
 
     config, model = load_model(run)
     config = replace(

@@ -35,7 +35,7 @@ def offline_loss(
     Positives of an anchor are the proxies of its cluster, A_i; negatives the
     `negatives` other proxies most similar to f_i.
 
-    L_off(i) = −1/|A_i| Σ_{p ∈ A_i} log [exp(f_i·m_p/τ) / Σ_q exp(f_i·m_q/τ)],
+    ``L_off(i) = −1/|A_i| Σ_{p ∈ A_i} log [exp(f_i·m_p/τ) / Σ_q exp(f_i·m_q/τ)]``,
     q over A_i and the negatives.
 
     Parameters

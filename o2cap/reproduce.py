@@ -579,11 +579,21 @@ def check(
 
     Raises
     ------
+    InputError
+        When a job that is meant has no committed row; nothing has run then.
     TrainingError
         When a number lies outside :data:`TOLERANCES`; shows the table.
     """
     name = f"{_record_name(target, dataset)}.json"
     (committed,) = read_json(RECORDS / name, "rows")
+    place = str(root.resolve()) if root else ""
+    known = {row["config_hash"] for row in committed}
+    for job in read_grid(grid, target, dataset=dataset, root=place):
+        if fnmatchcase(job.name, only) and job.name.rpartition("-")[2] not in known:
+            raise InputError(
+                f"No committed record tells of {job.name}; choose with --only jobs "
+                f"that {RECORDS / name} has."
+            )
     folder = Path(tempfile.mkdtemp(prefix="o2cap-check-"))  # stays if a job fails
     reproduce(
         target,
