@@ -310,7 +310,15 @@ def test_the_committed_check_still_gives_its_numbers() -> None:
 def test_a_check_that_moved_fails_with_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "it.json").write_text(json.dumps({"rows": [row(0.5)]}))
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(
+        "methods: {both: {method: both}}\n"
+        "targets: {it: {what: One job., blocks: "
+        "[{preset: smoke, methods: [both], seeds: [3]}]}}\n"
+    )
+    (job,) = batch.read_grid(grid, "it")
+    committed = row(0.5) | {"config_hash": job.name.rpartition("-")[2]}
+    (tmp_path / "it.json").write_text(json.dumps({"rows": [committed]}))
     monkeypatch.setattr(batch, "RECORDS", tmp_path)
 
     def pretend(target: str, *, output: Path, **rest: Any) -> Path:
@@ -320,7 +328,14 @@ def test_a_check_that_moved_fails_with_the_table(
 
     monkeypatch.setattr(batch, "reproduce", pretend)
     with pytest.raises(TrainingError, match=r"1 of 5 numbers .*\n(.*\n)*.*0\.7.*moved"):
-        batch.check("it")
+        batch.check("it", grid=grid)
+
+    (tmp_path / "it.json").write_text(
+        json.dumps({"rows": [committed | {"config_hash": "0" * 8}]})
+    )
+    monkeypatch.delattr(batch, "reproduce")  # nothing runs
+    with pytest.raises(InputError, match=f"No committed record tells of {job.name}"):
+        batch.check("it", grid=grid)
 
 
 TINY = """
