@@ -319,7 +319,8 @@ def book(place: Path, kills: int) -> Target:
         "time.sleep(0.5)\nprint(profile, seed)"
     )
     notebook = nbformat.v4.new_notebook(cells=[given, said])
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook.metadata["kernelspec"] = kernel
     path = place / "chapter.ipynb"
     nbformat.write(notebook, path)
 
