@@ -25,7 +25,7 @@ import tyro
 from torch import Tensor
 from torch.nn import functional as F
 
-from o2cap.losses import compare, offline_loss, online_loss
+from o2cap.losses import compare_with_own, offline_loss, online_loss
 from o2cap.proxies import CameraProxies, ProxyMemory
 
 TAU, NEGATIVES, POSITIVES, BALANCE, MOMENTUM = 0.07, 50, 3, 0.15, 0.2
@@ -99,9 +99,9 @@ def ours(
 ) -> Tensor:
     """Both losses of the package, as the trainer adds them."""
     given = (features, proxy, memory, proxies)
-    similarity = compare(features, memory)
+    similarity, own = compare_with_own(features, proxy, memory)
     return offline_loss(*given, similarity=similarity) + online_loss(
-        *given, similarity=similarity
+        *given, similarity=similarity, own=own
     )
 
 

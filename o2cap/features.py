@@ -31,7 +31,7 @@ def extract(
     *,
     height: int,
     width: int,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     device: torch.device | str = "cpu",
     precision: Literal["bf16", "fp16", "off"] = "off",
     workers: int = 0,
@@ -47,8 +47,10 @@ def extract(
         Pictures, or pictures already decoded by :func:`o2cap.data.loading.decode`.
     height, width : int
         Input size in pixels.
-    batch_size : int
-        Pictures at a time.
+    batch_size : int, optional
+        Pictures at a time. By default 256 on a GPU; on a CPU so few that their layers
+        stay near the cache (MobileNetV2 at 128x64 is twice as fast with 16 as with
+        256), which does not change the features but by rounding.
     device : torch.device or str
         Where the network runs, and where the features are returned.
     precision : str
@@ -59,6 +61,9 @@ def extract(
         Draw a progress bar, on a terminal only.
     """
     device = torch.device(device)
+    if batch_size is None:
+        near = max(16, 2**17 // (height * width))
+        batch_size = near if device.type == "cpu" else 256
     if isinstance(images, ImageSet):
         images, _ = decode(images, height, width, workers=workers)
     features = torch.empty(len(images), model.dim, device=device)

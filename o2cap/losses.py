@@ -87,6 +87,7 @@ def online_loss(
     balance: float = 0.15,
     reduction: Reduction = "camera_sum",
     similarity: Tensor | None = None,
+    own: Tensor | None = None,
 ) -> Tensor:
     """Return the online association loss (paper, Section III-C).
 
@@ -94,13 +95,14 @@ def online_loss(
     negatives are the `negatives` others most similar by the same measure.
 
     Parameters and result as in :func:`offline_loss`; `positives` is the number k of
-    positives and `balance` the weight w of the anchor's own feature.
+    positives, `balance` the weight w of the anchor's own feature, and `own` belongs to
+    `similarity`: both come from :func:`compare_with_own`.
 
     Book: :eq:`online_loss`
     """
-    if similarity is None:
-        similarity = compare(features, centroids)
-    mixed = online_similarity(similarity, proxy, centroids, balance)
+    if similarity is None or own is None:
+        similarity, own = compare_with_own(features, proxy, centroids)
+    mixed = online_similarity(similarity, own, balance)
     loss = _contrast(
         features,
         centroids,
@@ -121,31 +123,36 @@ def compare(features: Tensor, centroids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def online_similarity(
-    similarity: Tensor, proxy: Tensor, centroids: Tensor, balance: float = 0.15
-) -> Tensor:
+def compare_with_own(
+    features: Tensor, proxy: Tensor, centroids: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return f_i·m_p and m_{p(i)}·m_p, both FloatTensor [B, P], from one product.
+
+    Reading the memory is what a product of so few rows costs, so it is read once.
+    """
+    if proxy.device.type == "cpu":
+        # Anchors of one proxy share its row. (A GPU would have to be waited for to
+        # learn which do, and computes all of them faster than that.)
+        proxy, place = proxy.unique(return_inverse=True)
+    else:
+        place = torch.arange(len(proxy), device=proxy.device)
+    rows = torch.cat([features.to(centroids.dtype), centroids[proxy]])
+    similarity, own = compare(rows, centroids).split([len(features), len(proxy)])
+    return similarity, own[place]
+
+
+def online_similarity(similarity: Tensor, own: Tensor, balance: float = 0.15) -> Tensor:
     """Return s_i(p) = w f_i·m_p + (1 − w) m_{p(i)}·m_p, FloatTensor [B, P].
 
     Parameters
     ----------
-    similarity : FloatTensor [B, P]
-        f_i·m_p, as :func:`compare` returns it.
-    proxy : LongTensor [B]
-        Proxy of each anchor.
-    centroids : FloatTensor [P, D]
-        Memory entries.
+    similarity, own : FloatTensor [B, P]
+        f_i·m_p and m_{p(i)}·m_p, as :func:`compare_with_own` returns them.
     balance : float
         w.
 
     Book: :eq:`online_similarity`
     """
-    if proxy.device.type == "cpu":
-        # Anchors of one proxy share the second term. (A GPU would have to be waited
-        # for to learn which do, and computes all of it faster than that.)
-        proxy, place = proxy.unique(return_inverse=True)
-        own = (centroids[proxy] @ centroids.T)[place]
-    else:
-        own = centroids[proxy] @ centroids.T
     return balance * similarity + (1 - balance) * own
 
 
@@ -169,12 +176,13 @@ def online_positives(similarity: Tensor, camera: Tensor, positives: int = 3) -> 
 
     Book: :eq:`online_positives`
     """
-    left = similarity.clone()
     chosen = torch.zeros_like(similarity, dtype=torch.bool)
-    for _ in range(positives):
-        value, best = left.max(dim=1, keepdim=True)
+    value, best = similarity.max(dim=1, keepdim=True)
+    for turn in range(positives):
+        if turn:
+            similarity = similarity.masked_fill(camera[best] == camera, -torch.inf)
+            value, best = similarity.max(dim=1, keepdim=True)
         chosen.scatter_(1, best, chosen.gather(1, best) | value.isfinite())
-        left.masked_fill_(camera[best] == camera, -torch.inf)
     return chosen
 
 

@@ -289,15 +289,22 @@ def method_losses(
         )
     if config.method == "intra":
         found["intra"] = losses.intra_camera_loss(*given, **common)
-    if config.method in ("offline", "online", "both"):
-        # one product with the whole memory serves both losses
-        common["similarity"] = losses.compare(features, centroids)
-        common["negatives"] = settings.negatives
+    similarity = own = None
+    if config.method == "both":  # one product with the whole memory serves both losses
+        similarity, own = losses.compare_with_own(features, proxy, centroids)
     if config.method in ("offline", "both"):
-        found["offline"] = losses.offline_loss(*given, **common)
+        found["offline"] = losses.offline_loss(
+            *given, **common, negatives=settings.negatives, similarity=similarity
+        )
     if config.method in ("online", "both"):
         found["online"] = losses.online_loss(
-            *given, **common, positives=settings.positives, balance=settings.balance
+            *given,
+            **common,
+            negatives=settings.negatives,
+            positives=settings.positives,
+            balance=settings.balance,
+            similarity=similarity,
+            own=own,
         )
     return found
 

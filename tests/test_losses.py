@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from o2cap.losses import (
     cluster_loss,
     compare,
+    compare_with_own,
     intra_camera_loss,
     offline_loss,
     online_loss,
@@ -274,7 +275,7 @@ def test_cluster_loss_equals_loops() -> None:
 def mixed_similarity(
     features: Tensor, proxy: Tensor, memory: Tensor, balance: float = 0.15
 ) -> Tensor:
-    return online_similarity(compare(features, memory), proxy, memory, balance)
+    return online_similarity(*compare_with_own(features, proxy, memory), balance)
 
 
 # ------------------------------------------ worked by hand
@@ -545,16 +546,21 @@ def test_a_single_proxy_has_nothing_to_learn() -> None:
 def test_a_similarity_known_already_changes_nothing() -> None:
     features, proxy, memory, proxies = random_case(2)
     features.requires_grad_()
-    similarity = compare(features, memory)
-    assert not similarity.requires_grad
-    for loss in (offline_loss, online_loss):
+    similarity, own = compare_with_own(features, proxy, memory)
+    assert not similarity.requires_grad and not own.requires_grad
+    torch.testing.assert_close(similarity, compare(features, memory))
+    torch.testing.assert_close(own, compare(memory[proxy], memory))
+    for loss, known in (
+        (offline_loss, {"similarity": similarity}),
+        (online_loss, {"similarity": similarity, "own": own}),
+    ):
         grads = []
-        for known in (None, similarity):
+        for more in ({}, known):
             features.grad = None
-            found = loss(features, proxy, memory, proxies, similarity=known)
+            found = loss(features, proxy, memory, proxies, **more)
             found.backward()
             grads.append((found.detach(), features.grad))
-        torch.testing.assert_close(*grads, rtol=0, atol=0)
+        torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
 
 
 def test_gradient_after_the_memory_moved_is_refused() -> None:
