@@ -19,6 +19,7 @@ import tarfile
 import time
 import tomllib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "_build"
+CORES = os.cpu_count() or 1
 PARAMETERS = {"profile", "dataset", "root", "seed", "output"}
 MATHJAX = "mathjax@3.2.2"
 MATHJAX_SHA256 = (
@@ -110,18 +112,18 @@ def execute(
     settings.write_text("c.IPKernelApp.log_level = 40\n")
     kernels = str(Path(sys.prefix, "share", "jupyter"))
     places = {"JUPYTER_PATH": kernels, "IPYTHONDIR": str(private)}
+    half = {"OMP_NUM_THREADS": str(max(1, CORES // 2))}  # two run at a time
     output.mkdir()
 
     print(f"{notebook.stem}: running ...", flush=True)
     command = [sys.executable, "-m", "papermill", str(notebook), str(copy)]
     command += ["-k", "python3", "--cwd", str(notebook.parent)]
-    command += ["--log-level", "ERROR"]
-    bar = "--progress-bar" if sys.stderr.isatty() else "--no-progress-bar"
-    command.append(bar)
+    command += ["--log-level", "ERROR", "--no-progress-bar"]
     for name, value in parameters.items():
         command += ["-p", name, value]
     start = time.monotonic()
-    process = subprocess.Popen(command, env={**os.environ, **places})
+    environment = {**half, **os.environ, **places}
+    process = subprocess.Popen(command, env=environment)
     _, status, usage = os.wait4(process.pid, 0)  # the kernel's memory too
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -133,11 +135,50 @@ def execute(
         "memory": round(usage.ru_maxrss * unit / 2**30, 1),
         "profile": given["profile"],
         "date": date.today().isoformat(),
-        "machine": f"{platform.system()}, {os.cpu_count()} cores",
+        "machine": f"{platform.system()}, {CORES} cores",
     }
     stamp.write_text(json.dumps(record))
     print(f"{notebook.stem}: {record['seconds']} s, {record['memory']} GiB")
     return record
+
+
+def execute_all(
+    notebooks: Mapping[str, Path],
+    folder: Path,
+    given: Mapping[str, str],
+    sources: str = "",
+) -> dict[str, Record]:
+    """Execute copies of notebooks, two at a time, each with half the cores.
+
+    The first that trains makes the runs that others share and would only wait
+    for: they begin when it has ended. Arguments as in :func:`execute`. Raises
+    BookError, when all have ended, if some failed.
+    """
+    trains = [
+        name
+        for name, notebook in notebooks.items()
+        if "chapter.train(" in notebook.read_text()
+    ]
+    rest = [name for name in notebooks if name not in trains]
+
+    def run(name: str) -> Record:
+        return execute(notebooks[name], folder, given, sources)
+
+    pool = ThreadPoolExecutor(min(2, CORES))
+    try:
+        found = {name: pool.submit(run, name) for name in [*trains[:1], *rest]}
+        for name in trains[:1]:
+            found[name].exception()  # wait
+        found |= {name: pool.submit(run, name) for name in trains[1:]}
+        errors = {name: found[name].exception() for name in notebooks}
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C, begin no other
+    for error in errors.values():
+        if error is not None and not isinstance(error, BookError):
+            raise error
+    if failures := [str(error) for error in errors.values() if error]:
+        raise BookError("\n".join(failures))
+    return {name: found[name].result() for name in notebooks}
 
 
 def fetch_mathjax(folder: Path) -> bool:
@@ -183,7 +224,8 @@ def status_page(records: Mapping[str, Record]) -> str:
     head = "| chapter | run time (s) | peak memory (GiB) | profile | date |"
     return (
         "# Status of the chapters\n\n"
-        "Written by the run that made these pages.\n\n"
+        "Written by the run that made these pages. Two chapters run at a "
+        "time, each with half the cores.\n\n"
         f"{head} machine |\n|---|---:|---:|---|---|---|\n" + "\n".join(rows)
     )
 
@@ -325,17 +367,11 @@ def main() -> None:
     sources = digest(ROOT / "o2cap", records_of_results, lock, sys.version)
     executed = BUILD / "executed"
     forget_runs(executed, sources)
-    records: dict[str, Record] = {}
-    failures = []
-    for name in chapters():
-        notebook = ROOT / f"{name}.ipynb"
-        if notebook.exists():
-            try:
-                records[name] = execute(notebook, executed, given, sources)
-            except BookError as error:
-                failures.append(str(error))
-    if failures:
-        raise BookError("\n".join(failures))
+    sources_of = {name: ROOT / f"{name}.ipynb" for name in chapters()}
+    notebooks = {
+        name: path for name, path in sources_of.items() if path.exists()
+    }
+    records = execute_all(notebooks, executed, given, sources)
     tables = [executed / Path(name).name / "results.md" for name in records]
     results = "\n".join(t.read_text() for t in tables if t.exists())
     (executed / "results.md").write_text(results)

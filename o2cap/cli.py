@@ -387,8 +387,9 @@ def reproduce(
     with --check, the numbers beside the committed ones.
 
     Args:
-        target: What to run, by its name in the grid; ablation, studies, or, with
-            --check, check. With --dataset it is paper, the grid on real pictures.
+        target: What to run, by its name in the grid; ablation, vehicles,
+            studies, or, with --check, check. With --dataset it is paper, the grid on
+            real pictures.
         dataset: Real pictures, such as market1501.
         root: Where they lie.
         output: Where the jobs work; the record goes to records/ in it.

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType
 
@@ -138,6 +139,32 @@ def test_failing_notebook_is_kept_and_named(build: ModuleType, tmp_path: Path) -
     copy = nbformat.read(executed / "bad.ipynb", as_version=4)
     errors = [o for c in copy.cells for o in c.get("outputs", []) if "ename" in o]
     assert [error.ename for error in errors] == ["ZeroDivisionError"]
+
+
+def test_two_chapters_run_at_a_time_and_wait_for_shared_runs(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = {"a": "1", "b": "chapter.train()", "c": "chapter.train()", "d": "2"}
+    paths = {n: write_notebook(tmp_path / f"{n}.ipynb", c) for n, c in code.items()}
+    both, log = threading.Barrier(2), []
+
+    def execute(notebook: Path, *args: object) -> dict[str, str]:
+        if notebook.stem in "ab":  # each waits until the other one has begun
+            both.wait(timeout=60)
+        if notebook.stem in "bd":
+            log.append(notebook.stem)
+            raise build.BookError(f"{notebook.stem} failed")
+        log.append(notebook.stem)
+        return {"name": notebook.stem}
+
+    monkeypatch.setattr(build, "execute", execute)
+    monkeypatch.setattr(build, "CORES", 2)
+    with pytest.raises(build.BookError, match=r"^b failed\nd failed$"):
+        build.execute_all(paths, tmp_path, {})
+    assert sorted(log) == ["a", "b", "c", "d"]  # a failure stops no other
+    assert log.index("b") < log.index("c")
+    found = build.execute_all({"c": paths["c"]}, tmp_path, {})
+    assert found == {"c": {"name": "c"}}
 
 
 def test_digest_sees_names_and_contents(build: ModuleType, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from o2cap.errors import InputError, TrainingError
 from o2cap.reproduce import GRID, RECORDS, Job, compare, configure, read_grid
 from o2cap.trainer import train
 
-EMBEDDED = ("ablation", "studies")
+EMBEDDED = ("ablation", "vehicles", "studies")
 KEY = ("dataset", "method", "seed", "data_seed", "study", "value")
 
 
@@ -37,7 +37,7 @@ def jobs_of(target: str) -> list[Job]:
 
 
 def test_the_ablation_has_five_fresh_seeds_of_all_methods() -> None:
-    jobs = [job for job in jobs_of("ablation") if job.dataset == "synthetic"]
+    jobs = jobs_of("ablation")
     methods = {"baseline", "intra", "offline", "online", "both", "both+gem"}
     for method in methods | {"supervised"}:
         seeds = {job.config.seed for job in jobs if job.method == method}
@@ -68,7 +68,7 @@ def test_another_data_set_takes_its_own_preset() -> None:
 
 
 def test_names_are_unique_and_change_with_the_settings() -> None:
-    jobs = jobs_of("ablation") + jobs_of("studies")
+    jobs = [job for target in EMBEDDED for job in jobs_of(target)]
     assert len({job.name for job in jobs}) == len(jobs)
     job = jobs[0]
     changed = Job(job.method, job.preset, job.dataset, {**job.settings, "epochs": 3})
@@ -76,7 +76,7 @@ def test_names_are_unique_and_change_with_the_settings() -> None:
 
 
 def test_a_row_is_told_apart_by_its_key() -> None:
-    for target in ("ablation", "studies", "check", "paper"):
+    for target in (*EMBEDDED, "check", "paper"):
         keys = [tuple(job.key.values()) for job in jobs_of(target)]
         assert len(set(keys)) == len(keys), target
 
@@ -90,7 +90,7 @@ def test_whole_and_broken_numbers_of_one_value_are_one_setting() -> None:
 
 def test_every_method_of_a_seed_starts_where_both_does() -> None:
     """And `both` itself, GeM and the supervised bound as the definition says."""
-    for job in jobs_of("ablation"):
+    for job in jobs_of("ablation") + jobs_of("vehicles"):
         if job.method in ("both", "both+gem"):  # another pooling is another network
             assert job.start is None, job.name
         else:
