@@ -459,7 +459,8 @@ def paired_table(rows: Sequence[Row], name: str = "paired") -> Table:
     present = methods_in(rows)
     pairs = [("offline", "baseline"), ("online", "baseline"), ("both", "baseline")]
     pairs += [("online", "offline"), ("both", "offline"), ("both", "online")]
-    pairs += [("intra", "baseline"), ("both", "intra"), ("both+gem", "both")]
+    pairs += [("intra", "baseline"), ("offline", "intra"), ("both", "intra")]
+    pairs += [("both+gem", "both")]
     pairs += [("both+ibn", "both"), ("both+ibn+gem", "both"), ("supervised", "both")]
     lines: list[list[Cell]] = []
     for a, b in pairs:
