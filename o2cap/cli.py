@@ -8,6 +8,7 @@ interrupted, 141 nobody reads the output.
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,7 +34,7 @@ def main(args: Sequence[str] | None = None) -> int:
     args = sys.argv[1:] if args is None else list(args)
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
     logger.setLevel(logging.INFO if _speaks() else logging.ERROR)
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, partial(_terminated, args))
     if args == ["--version"]:
         print(f"o2cap {o2cap.__version__}")
         return 0
@@ -55,8 +57,13 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # as in o2cap train --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:  # what nobody closer to the file has put into words
+        _say(
+            f"{error.filename or 'A file'} cannot be used ({error.strerror or error})."
+        )
+        return 2
     except KeyboardInterrupt:
-        _say("interrupted; the same command goes on.")
+        _say(f"interrupted{_way_on(args)}.")
         return 130
     return 0
 
@@ -70,9 +77,14 @@ def _say(sentence: str) -> None:
         print(f"o2cap: {sentence}", file=sys.stderr)
 
 
-def _terminated(signum: int, frame: object) -> None:
-    _say("terminated; the same command goes on.")
+def _terminated(args: Sequence[str], signum: int, frame: object) -> None:
+    _say(f"terminated{_way_on(args)}.")
     raise SystemExit(128 + signum)
+
+
+def _way_on(args: Sequence[str]) -> str:
+    goes_on = args[:1] in (["train"], ["reproduce"]) and "--check" not in args
+    return "; the same command goes on" if goes_on else ""
 
 
 # torch, and what stands on it, is imported inside the commands: --help and a misspelt
@@ -252,10 +264,10 @@ def cluster(
     print(json.dumps(counts))
 
 
-def _check_suffix(path: Path, *suffixes: str) -> None:
+def _check_suffix(path: Path, *suffixes: str, option: str = "--output") -> None:
     """Refuse a file name before the work is done that it was to hold."""
     if path.suffix.lower() not in suffixes:
-        raise InputError(f"--output {path} must end in {' or '.join(suffixes)}.")
+        raise InputError(f"{option} {path} must end in {' or '.join(suffixes)}.")
 
 
 def report(run: tyro.conf.Positional[Path], device: str = "auto") -> None:
@@ -306,6 +318,7 @@ def verify(
     name: tyro.conf.Positional[str],
     root: Path | None = None,
     pictures: bool = False,
+    list: Path | None = None,
 ) -> None:
     """Compare a data set with what was published of it; exit code 2 if it differs.
 
@@ -313,9 +326,14 @@ def verify(
         name: market1501, dukemtmcreid, msmt17, veri776, manifest or folders.
         root: Its folder; for manifest, the CSV file.
         pictures: Decode every picture, too.
+        list: Also write all problems, not the first ten, into this CSV file: path (of a
+            picture that cannot be read), problem.
     """
     from o2cap.data.benchmarks import verify_dataset
+    from o2cap.files import replacing
 
+    if list is not None:
+        _check_suffix(list, ".csv", option="--list")
     found = verify_dataset(name, root, pictures=pictures)
     print(f"{'split':<10}{'':<12}{'published':>12}{'found':>12}")
     for row in found.rows:
@@ -323,10 +341,17 @@ def verify(
         print(f"{row.split:<10}{row.what:<12}{expected:>12}{row.found:>12,}")
     for sentence in found.notes + found.problems[:10]:
         print(sentence)
+    if list is not None:
+        with replacing(list) as path, path.open("w", encoding="utf-8", newline="") as f:
+            table = csv.writer(f)
+            table.writerow(["path", "problem"])
+            for sentence in found.problems:
+                picture, of_one, _ = sentence.partition(" cannot be read as a picture")
+                table.writerow([picture if of_one else "", sentence])
     if found.problems:
+        where = "the first of them above" if list is None else f"all of them in {list}"
         raise InputError(
-            f"{name} in {root}: {len(found.problems)} differences or problems, the "
-            "first of them above."
+            f"{name} in {root}: {len(found.problems)} differences or problems, {where}."
         )
 
 
@@ -373,7 +398,7 @@ def reproduce(
     target: tyro.conf.Positional[str | None] = None,
     dataset: str | None = None,
     root: Path | None = None,
-    output: Annotated[Path, _O] = Path("runs/reproduce"),
+    output: Annotated[Path | None, _O] = None,
     cores: int = 0,
     only: str = "*",
     dry_run: _Flag = 0,
@@ -392,7 +417,8 @@ def reproduce(
             real pictures.
         dataset: Real pictures, such as market1501.
         root: Where they lie.
-        output: Where the jobs work; the record goes to records/ in it.
+        output: Where the jobs work, by default runs/reproduce; the record goes to
+            records/ in it.
         cores: Processor cores to use; 0 is all.
         only: Pattern of the names of the jobs to run, such as '*-both-seed1[01]-*'.
         dry_run: Say what would run, and why.
@@ -408,9 +434,16 @@ def reproduce(
     what: dict[str, Any] = {"dataset": dataset, "root": root, "grid": grid}
     what |= {"only": only, "cores": cores}
     if check:
+        others = {"--dry-run": dry_run, "--output": output, "--profile": profile}
+        if given := [name for name, value in others.items() if value]:
+            raise InputError(
+                "--check trains, on this machine and in a place of its own; leave "
+                f"{' and '.join(given)} out."
+            )
         print(batch.check(target, **what))
         return
     how: dict[str, Any] = {"dry_run": bool(dry_run), "profile": profile}
-    record = batch.reproduce(target, output=output, **what, **how)
+    how |= {"output": output or batch.OUTPUT}
+    record = batch.reproduce(target, **what, **how)
     if record is not None:
         print(record)

@@ -40,6 +40,7 @@ GRID, NOTEBOOK, SNAKEFILE = (
     FOLDER / name for name in ("grid.yaml", "job.ipynb", "Snakefile")
 )
 RECORDS = FOLDER / "records"
+OUTPUT = Path("runs/reproduce")
 
 Row = dict[str, Any]
 
@@ -152,7 +153,12 @@ def configure(name: str, dataset: str, settings: Mapping[str, Any]) -> Config:
     """
     config = preset(name, dataset=dataset)
     for path, value in settings.items():
-        config = _changed(config, path.split("."), value)
+        try:
+            config = _changed(config, path.split("."), value)
+        except InputError:
+            raise
+        except (TypeError, ValueError) as error:  # many, where a number is compared
+            raise InputError(f"The setting {path} cannot be {value!r}.") from error
     return config
 
 
@@ -190,8 +196,15 @@ def read_grid(
     plain = _grid(grid, target)
     jobs: dict[str, Job] = {}
     for block in plain["targets"][target]["blocks"]:
-        for job in _jobs_of(block, plain["methods"], dataset, root):
-            jobs[job.name] = job
+        try:
+            for job in _jobs_of(block, plain["methods"], dataset, root):
+                jobs[job.name] = job
+        except InputError:
+            raise
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{grid}: this block of {target} cannot be used ({error}): {block}"
+            ) from error
     return list(jobs.values())
 
 
@@ -201,16 +214,28 @@ def _grid(grid: str | Path, target: str) -> dict[str, Any]:
         known = list(plain["targets"])
         plain["methods"]["both"]  # whose warm start the others take over
     except (OSError, UnicodeDecodeError, yaml.YAMLError, LookupError, TypeError) as e:
-        raise InputError(f"{grid} cannot be read as a grid: {e}") from e
+        reason = " ".join(str(e).split())
+        raise InputError(f"{grid} cannot be read as a grid: {reason}") from e
     if target not in known:
         raise InputError(unknown("The target", target, known))
+    _check_kinds(f"{grid}, target {target}", plain["targets"][target], _TARGET)
     return plain
 
 
-_BLOCK = [
-    *("preset", "settings", "methods", "seeds", "study", "setting", "values"),
-    *("threads", "mem_mb", "minutes"),
-]
+_TARGET = {"what": str, "blocks": list}
+_BLOCK = {
+    **{"preset": str, "settings": dict, "methods": list, "seeds": list},
+    **{"study": str, "setting": str, "values": list},
+    **{"threads": int, "mem_mb": int, "minutes": int},
+}
+_KINDS = {dict: "a mapping", list: "a list", str: "text", int: "a whole number"}
+
+
+def _check_kinds(where: str, found: Any, kinds: Mapping[str, type]) -> None:
+    """Refuse a mapping without these entries, or with entries of another kind."""
+    for name, kind in kinds.items():
+        if not isinstance(found, dict) or not isinstance(found.get(name), kind):
+            raise InputError(f"{where}: {name} must be {_KINDS[kind]}.")
 
 
 def _jobs_of(
@@ -219,9 +244,12 @@ def _jobs_of(
     dataset: str | None,
     root: str | None,
 ) -> Iterator[Job]:
+    block = {key: value for key, value in block.items() if value is not None}
     for key in block:
         if key not in _BLOCK:
             raise InputError(unknown("In a block of the grid,", key, _BLOCK))
+    kinds = {key: _BLOCK[key] for key in block}
+    _check_kinds(f"In the block {block} of the grid", block, kinds)
     needed = ["methods", "seeds"] + ["setting", "values"] * ("study" in block)
     for key in needed:
         if key not in block:
@@ -363,8 +391,13 @@ def collect(
     for job in jobs:
         place = folder / "jobs" / job.name
         if (place / "record.json").is_file():
-            found = json.loads((place / "record.json").read_text("utf-8"))
-            facts.append({name: found[name] for name in _OF_FILE})
+            try:
+                found = json.loads((place / "record.json").read_text("utf-8"))
+                facts.append({name: found[name] for name in _OF_FILE})
+            except (OSError, ValueError, LookupError, TypeError) as error:
+                said = f"record.json is damaged ({error}); delete it, and run again."
+                failures.append({"job": job.name, "error": said})
+                continue
             left_out = ("versions", "python", "platform")
             kept = {k: v for k, v in found.items() if k not in left_out}
             rows.append(job.key | kept)
@@ -461,7 +494,7 @@ def reproduce(
     *,
     dataset: str | None = None,
     root: Path | None = None,
-    output: Path = Path("runs/reproduce"),
+    output: Path = OUTPUT,
     grid: Path = GRID,
     only: str = "*",
     cores: int = 0,
@@ -494,9 +527,11 @@ def reproduce(
     Raises
     ------
     InputError
-        When the engine is not installed, `output` is in use, or no job is meant.
+        When the engine is not installed, `output` is in use or no folder, or no job is
+        meant.
     TrainingError
-        When jobs failed; the others have run, and the record tells of both.
+        When jobs failed; the others have run, and the record tells of both. When the
+        engine fails at a dry run.
     """
     if find_spec("snakemake") is None or not SNAKEFILE.is_file():
         raise InputError(
@@ -505,6 +540,8 @@ def reproduce(
         )
     if root is not None and not root.exists():
         raise InputError(f"--root {root} does not exist.")
+    if profile is not None and not profile.is_dir():
+        raise InputError(f"--profile {profile} is no folder with a Snakemake profile.")
     place = str(root.resolve()) if root else ""
     jobs = read_grid(grid, target, dataset=dataset, root=place)
     chosen = [job for job in jobs if fnmatchcase(job.name, only)]
@@ -528,10 +565,11 @@ def reproduce(
     command += ["--directory", str(output), "--nolock", *options, "--config"]
     command += [f"{name}={value}" for name, value in given.items()]
     command += ["--", *(f"jobs/{job.name}/record.json" for job in chosen)]
-    output.mkdir(parents=True, exist_ok=True)
     with _alone(output) as handle:
         code = _call(command, handle)
     if dry_run:
+        if code:
+            raise TrainingError("The batch engine cannot plan the jobs; see above.")
         return None
     found = collect(jobs, output, chosen)
     if not any((output / "jobs" / job.name).exists() for job in jobs):
@@ -583,7 +621,8 @@ def check(
     InputError
         When a job that is meant has no committed row; nothing has run then.
     TrainingError
-        When a number lies outside :data:`TOLERANCES`; shows the table.
+        When a number lies outside :data:`TOLERANCES`; shows the table. The runs stay,
+        as after a job that failed, and the message says where.
     """
     name = f"{_record_name(target, dataset)}.json"
     (committed,) = read_json(RECORDS / name, "rows")
@@ -595,18 +634,21 @@ def check(
                 f"No committed record tells of {job.name}; choose with --only jobs "
                 f"that {RECORDS / name} has."
             )
-    folder = Path(tempfile.mkdtemp(prefix="o2cap-check-"))  # stays if a job fails
-    reproduce(
-        target,
-        dataset=dataset,
-        root=root,
-        output=folder,
-        grid=grid,
-        only=only,
-        cores=cores,
-    )
+    folder = Path(tempfile.mkdtemp(prefix="o2cap-check-"))
+    try:
+        reproduce(
+            target,
+            dataset=dataset,
+            root=root,
+            output=folder,
+            grid=grid,
+            only=only,
+            cores=cores,
+        )
+    except (InputError, KeyboardInterrupt, SystemExit):  # nothing there to look at
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     (found,) = read_json(folder / "records" / name, "rows")
-    shutil.rmtree(folder)
     lines = compare(committed, found)
     columns = ("job", "number", "committed", "found", "allowed")
     table = [[*columns]]
@@ -622,8 +664,10 @@ def check(
     text = "\n".join(line.rstrip() for line in shown)
     if moved:
         raise TrainingError(
-            f"{moved} of {len(lines)} numbers are not what the records say.\n{text}"
+            f"{moved} of {len(lines)} numbers are not what the records say; the runs "
+            f"are in {folder}.\n{text}"
         )
+    shutil.rmtree(folder)
     return text
 
 
@@ -639,14 +683,20 @@ def _gpus() -> int:
 
 @contextlib.contextmanager
 def _alone(output: Path) -> Iterator[int]:
-    """Hold `output` for one batch at a time.
+    """Make the folder `output`, and hold it for one batch at a time.
 
     Snakemake's own lock outlives a killed process; the system's does not. The engine
     inherits it, so that it holds while anything of the batch is alive.
     """
     import fcntl  # not on Windows, and needed by nobody else
 
-    handle = os.open(output / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        handle = os.open(output / ".lock", os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise InputError(
+            f"--output {output} cannot be used as a folder ({error.strerror})."
+        ) from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield handle

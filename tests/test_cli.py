@@ -570,6 +570,98 @@ def test_verify_counts(folder: Path, tmp_path: Path, o2cap_: Command) -> None:
     assert code == 2 and "nowhere.png" in out + err
 
 
+def test_verify_lists_all_problems(
+    folder: Path, tmp_path: Path, o2cap_: Command
+) -> None:
+    rows = rows_of(folder)
+    for i in range(12):
+        torn = tmp_path / f"törn {i}, x.png"
+        torn.write_bytes(Path(rows[i]["path"]).read_bytes()[:50])
+        rows[i]["path"] = str(torn)
+    rows[20]["path"] = "nowhere.png"
+    spoilt = tiny.write_manifest(tmp_path / "m.csv", rows)
+    words = ("data", "verify", "manifest", "--root", spoilt, "--pictures", "True")
+    table = tmp_path / "new/problems.csv"
+    code, out, err = o2cap_(*words, "--list", table)
+    assert code == 2 and f"13 differences or problems, all of them in {table}" in err
+    with table.open(encoding="utf-8", newline="") as file:
+        found = list(csv.DictReader(file))
+    named = {row["path"] for row in rows[:12]}
+    assert [row["path"] for row in found].count("") == 1
+    assert {row["path"] for row in found} == {"", *named}
+    assert all(row["path"] in row["problem"] and row["problem"] for row in found)
+    code, out, err = o2cap_(*words, "--list", tmp_path / "problems.txt")
+    assert (code, out) == (2, "") and "--list" in one_sentence(err)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (("--dry-run",), "leave --dry-run out"),
+        (("--output", "x", "--profile", "p"), "leave --output and --profile out"),
+    ],
+)
+def test_a_check_does_not_take_what_it_would_ignore(
+    given: tuple[str, ...],
+    named: str,
+    o2cap_: Command,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("o2cap.reproduce.check", None)  # nothing runs
+    code, out, err = o2cap_("reproduce", "--check", *given)
+    assert (code, out) == (2, "") and named in one_sentence(err)
+
+
+def test_a_path_that_the_system_refuses_is_named(
+    run: Path, folder: Path, tmp_path: Path, o2cap_: Command
+) -> None:
+    long = tmp_path / ("x" * 300)
+    for words in (
+        ("data", "verify", "market1501", "--root", long),
+        ("evaluate", long),
+        ("evaluate", run, "--root", long),
+        tuple(training(folder / "manifest.csv", long)),
+    ):
+        code, out, err = o2cap_(*words)
+        assert (code, out) == (2, ""), words
+        assert str(long) in one_sentence(err)
+
+
+def test_a_fault_of_the_system_is_one_sentence(
+    run: Path, o2cap_: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a folder that one may not read, and of a fault that names no file."""
+    for error, said in (
+        (PermissionError(13, "Permission denied", "/x y"), "/x y cannot be used (Perm"),
+        (OSError(28, "No space left on device"), "cannot be used (No space left"),
+    ):
+
+        def fail(*_: Any, error: OSError = error, **__: Any) -> None:
+            raise error
+
+        monkeypatch.setattr("o2cap.report.report", fail)
+        code, out, err = o2cap_("report", run)
+        assert (code, out) == (2, "") and said in one_sentence(err)
+
+
+def test_only_what_goes_on_says_so(
+    run: Path, o2cap_: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("o2cap.report.report", interrupt)
+    monkeypatch.setattr("o2cap.reproduce.check", interrupt)
+    monkeypatch.setattr("o2cap.reproduce.reproduce", interrupt)
+    again = "o2cap: interrupted; the same command goes on.\n"
+    for words, said in (
+        (("report", run), "o2cap: interrupted.\n"),
+        (("reproduce", "--check"), "o2cap: interrupted.\n"),
+        (("reproduce",), again),
+    ):
+        assert o2cap_(*words) == (130, "", said)
+
+
 def test_standard_output_is_for_scripts(run: Path) -> None:
     """A process of its own, through the installed program."""
     program = Path(sys.executable).with_name("o2cap")

@@ -142,6 +142,14 @@ def test_the_crossed_design_leaves_out_what_the_ablation_holds() -> None:
         ({"preset": None}, "--dataset market1501 --root DIR"),
         ({"seed": [1]}, "Did you mean seeds"),
         ({"study": "eps"}, "no setting"),
+        ({"seeds": 3}, "seeds must be a list"),
+        ({"seeds": None}, "has no seeds"),
+        ({"methods": "both"}, "methods must be a list"),
+        ({"threads": "many"}, "threads must be a whole number"),
+        ({"settings": {"epochs": "many"}}, "setting epochs cannot be 'many'"),
+        ({"settings": {"optim.lr": "fast"}}, "setting optim.lr cannot be 'fast'"),
+        ({"methods": [["both"]]}, "this block of it cannot be used"),
+        ({"study": "method", "setting": "method", "values": ["intra"]}, "this block"),
     ],
 )
 def test_a_wrong_grid_is_refused_before_anything_runs(
@@ -164,12 +172,31 @@ def test_what_cannot_be_read_or_found_is_named(tmp_path: Path) -> None:
         (tmp_path / "g.yaml").write_text(text)
         with pytest.raises(InputError, match=r"g\.yaml cannot be read as a grid"):
             read_grid(tmp_path / "g.yaml", "ablation")
+    for text, said in (
+        ("{what: no blocks}", "blocks must be a list"),
+        ("{blocks: []}", "what must be text"),
+        ("", "what must be text"),
+    ):
+        (tmp_path / "g.yaml").write_text(
+            f"{{methods: {{both: }}, targets: {{it: {text}}}}}"
+        )
+        with pytest.raises(InputError, match=rf"g\.yaml, target it: {said}"):
+            read_grid(tmp_path / "g.yaml", "it")
     with pytest.raises(InputError, match="leave --dataset market1501 out"):
         read_grid(GRID, "ablation", dataset="market1501")
     with pytest.raises(InputError, match=r"--root .*away does not exist"):
         batch.reproduce("paper", dataset="market1501", root=tmp_path / "away")
     with pytest.raises(InputError, match=r"--only nothing names none of the jobs"):
         batch.reproduce("check", output=tmp_path, only="nothing")
+    with pytest.raises(InputError, match=r"--profile .*away is no folder"):
+        batch.reproduce("check", output=tmp_path, profile=tmp_path / "away")
+
+
+def test_an_output_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file", tmp_path / "file" / "x", tmp_path / ("x" * 300)):
+        with pytest.raises(InputError, match=rf"--output {output} cannot be used as a"):
+            batch.reproduce("check", output=output, dry_run=True)
 
 
 def test_a_borrowed_warm_start_gives_what_the_own_one_gives(tmp_path: Path) -> None:
@@ -277,8 +304,8 @@ def finish(job: Job, folder: Path, notebook: str | None, log: str = "") -> None:
 
 def test_every_job_without_result_is_counted_with_its_reason(tmp_path: Path) -> None:
     """An error in a cell, a kernel that died, a start that never came, a failed one."""
-    jobs = [job for job in jobs_of("ablation") if job.key["seed"] == 10][:6]
-    done, raised, died, waiting, _, other = jobs  # one neither begun nor due
+    jobs = [job for job in jobs_of("ablation") if job.key["seed"] == 10]
+    done, raised, died, waiting, _, other, torn = jobs  # one neither begun nor due
     finish(done, tmp_path, None)
     error = {"output_type": "error", "ename": "InputError", "evalue": "no such file"}
     cells = {"cells": [{"source": ""}, {"outputs": [error]}]}
@@ -287,10 +314,14 @@ def test_every_job_without_result_is_counted_with_its_reason(tmp_path: Path) -> 
         died, tmp_path, '{"cells": []}', "Traceback\nDeadKernelError: Kernel died\n\n"
     )
     finish(other, tmp_path, "", "")
+    finish(torn, tmp_path, None)
+    (tmp_path / "jobs" / torn.name / "record.json").write_text('{"metrics": {')
     found = batch.collect(jobs, tmp_path, due=[done, raised, died, waiting])
     assert [row["method"] for row in found["rows"]] == [done.method]
     reasons = {failure["job"]: failure["error"] for failure in found["failures"]}
-    assert list(reasons) == [raised.name, died.name, waiting.name, other.name]
+    names = [job.name for job in (raised, died, waiting, other, torn)]
+    assert list(reasons) == names
+    assert reasons[torn.name].startswith("record.json is damaged")
     assert reasons[raised.name] == "InputError: no such file"
     assert reasons[died.name] == "DeadKernelError: Kernel died"
     assert reasons[other.name] == "It did not end."
@@ -308,7 +339,7 @@ def test_the_committed_check_still_gives_its_numbers() -> None:
     assert "moved" not in table
 
 
-def test_a_check_that_moved_fails_with_the_table(
+def test_a_check_that_moved_fails_with_the_table_and_keeps_the_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grid = tmp_path / "grid.yaml"
@@ -321,15 +352,30 @@ def test_a_check_that_moved_fails_with_the_table(
     committed = row(0.5) | {"config_hash": job.name.rpartition("-")[2]}
     (tmp_path / "it.json").write_text(json.dumps({"rows": [committed]}))
     monkeypatch.setattr(batch, "RECORDS", tmp_path)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    ends: list[BaseException | float] = [0.7, 0.5, KeyboardInterrupt(), SystemExit(143)]
 
     def pretend(target: str, *, output: Path, **rest: Any) -> Path:
-        record = {"target": target, "rows": [row(0.7)]}
+        end = ends.pop(0)
+        if isinstance(end, BaseException):
+            raise end
+        record = {"target": target, "rows": [row(end)]}
         batch.write_record(record, output / "records" / "it.json")
         return output
 
     monkeypatch.setattr(batch, "reproduce", pretend)
-    with pytest.raises(TrainingError, match=r"1 of 5 numbers .*\n(.*\n)*.*0\.7.*moved"):
+    said = r"1 of 5 numbers .*\n(.*\n)*.*0\.7.*moved"
+    with pytest.raises(TrainingError, match=said) as moved:
         batch.check("it", grid=grid)
+    (kept,) = temporary.iterdir()
+    assert (kept / "records/it.json").is_file() and str(kept) in str(moved.value)
+    assert "moved" not in batch.check("it", grid=grid)
+    for stop in (KeyboardInterrupt, SystemExit):
+        with pytest.raises(stop):
+            batch.check("it", grid=grid)
+    assert [*temporary.iterdir()] == [kept]
 
     (tmp_path / "it.json").write_text(
         json.dumps({"rows": [committed | {"config_hash": "0" * 8}]})
@@ -405,6 +451,16 @@ def test_a_dry_run_says_what_would_run_and_runs_nothing(grid: Path, root: Path) 
     assert list(names.values()) == [1, 1, 0, 0]
     assert done.stdout == ""
     assert not (grid.parent / "out" / "jobs").exists()
+
+
+def test_a_dry_run_that_fails_says_so(
+    grid: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (grid.parent / "Snakefile").write_text("rule all: input: nowhere\n")
+    monkeypatch.setattr(batch, "SNAKEFILE", grid.parent / "Snakefile")
+    output = grid.parent / "out"
+    with pytest.raises(TrainingError, match="cannot plan the jobs"):
+        batch.reproduce("tiny", grid=grid, output=output, dry_run=True)
 
 
 def test_killed_broken_and_resumed(grid: Path, root: Path) -> None:
