@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import tyro
+from unpacking import refusal
 
 from o2cap.data import load_dataset
 from o2cap.data.benchmarks import read_dataset
@@ -64,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         tyro.cli(export, args=argv)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {refusal(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -88,6 +88,9 @@ def main(benchmark: Benchmark, argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {refusal(error)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; run the same command to go on", file=sys.stderr)
         return 130
@@ -98,6 +101,12 @@ def main(benchmark: Benchmark, argv: Sequence[str] | None = None) -> int:
         print(f"note: {sentence}")
     print(f"Use it: o2cap train --preset {benchmark.name} --root {args.destination}")
     return 0
+
+
+def refusal(error: OSError) -> str:
+    """Return what the system refuses, in a sentence."""
+    what = error.filename or "A file"
+    return f"{what} cannot be used ({error.strerror or error})."
 
 
 def unpack(
@@ -149,6 +158,10 @@ def unpack(
     mark = hashlib.sha256(origin.encode()).hexdigest()[:8]
     growing = destination.with_name(f".{destination.name}.{mark}.partial")
     for stale in destination.parent.glob(f".{escape(destination.name)}.*.partial"):
+        if stale.is_symlink() or not stale.is_dir():
+            raise InputError(
+                f"{stale} is in the way, where unpacking makes a folder; move it."
+            )
         if stale != growing:  # of another archive: nothing to go on from
             shutil.rmtree(stale)
     try:

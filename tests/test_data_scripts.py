@@ -240,6 +240,45 @@ def test_what_another_archive_left_is_thrown_away(tmp_path: Path) -> None:
     assert left == [".other.00000000.partial", "m.zip", "market1501"]
 
 
+def test_what_is_no_folder_is_not_thrown_away(tmp_path: Path) -> None:
+    """A file, or a link to somebody's folder, by the name of a half-done one."""
+    source = make_zip(tmp_path / "market.zip", FILES)
+    (tmp_path / "data").mkdir()
+    name = tmp_path / "data/.market1501.00000000.partial"
+    name.write_text("mine")
+    with pytest.raises(InputError, match=f"{name} is in the way"):
+        unpack(MARKET, source, tmp_path / "data/market1501")
+    assert name.read_text() == "mine"
+    name.unlink()
+    name.symlink_to(tmp_path)
+    with pytest.raises(InputError, match=f"{name} is in the way"):
+        unpack(MARKET, source, tmp_path / "data/market1501")
+    assert source.exists()
+
+
+def test_a_path_that_the_system_refuses_is_named(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, long = make_zip(tmp_path / "market.zip", FILES), tmp_path / ("x" * 300)
+    for words in ([source, long], [long, tmp_path / "m"]):
+        assert main(MARKET, [str(word) for word in words]) == 2
+        said = capsys.readouterr().err
+        assert str(long) in said and said.count("\n") == 1
+    small = ("--identities", 3, "--test-identities", 2, "--cameras", 2)
+    assert run("export_synthetic.py", long, *small, "--height", 32) == 2
+    assert str(long) in capsys.readouterr().err
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied", "/x y")
+
+    monkeypatch.setattr(unpacking, "unpack", refuse)
+    assert main(MARKET, [str(source), str(tmp_path / "m")]) == 2
+    said = capsys.readouterr().err
+    assert said == "error: /x y cannot be used (Permission denied).\n"
+
+
 # ------------------------------------------------------------------ hostile archives
 
 OUTSIDE = [
