@@ -7,26 +7,32 @@ jupyter-book turns those into pages, warnings being errors.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import time
 import tomllib
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import papermill
+import psutil
 import yaml
+from filelock import FileLock, Timeout
+from o2cap.errors import InputError
+from o2cap.files import replacing
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "_build"
@@ -79,6 +85,15 @@ def check_parameters(notebook: Path, given: Mapping[str, str]) -> None:
         )
 
 
+def read_stamp(stamp: Path) -> Record:
+    """Return what a finished execution left; nothing, if it is damaged."""
+    try:
+        record: Record = json.loads(stamp.read_text())
+        return record if "digest" in record else {}
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 def execute(
     notebook: Path, folder: Path, given: Mapping[str, str], sources: str = ""
 ) -> Record:
@@ -96,12 +111,11 @@ def execute(
     relative = os.path.relpath(output, notebook.parent)
     parameters = {**given, "output": relative}
     key = digest(notebook, sources, json.dumps(parameters, sort_keys=True))
-    if stamp.exists() and copy.exists():
-        record: Record = json.loads(stamp.read_text())
-        if record["digest"] == key:
-            seconds = record["seconds"]
-            print(f"{notebook.stem}: unchanged since it ran in {seconds} s")
-            return record
+    record = read_stamp(stamp)
+    if copy.exists() and record.get("digest") == key:
+        seconds = record["seconds"]
+        print(f"{notebook.stem}: unchanged since it ran in {seconds} s")
+        return record
     stamp.unlink(missing_ok=True)
     shutil.rmtree(output, ignore_errors=True)
     # Neither a kernel 'python3' nor start-up files in the person's home may
@@ -137,9 +151,24 @@ def execute(
         "date": date.today().isoformat(),
         "machine": f"{platform.system()}, {CORES} cores",
     }
-    stamp.write_text(json.dumps(record))
+    with replacing(stamp) as temporary:
+        temporary.write_text(json.dumps(record))
     print(f"{notebook.stem}: {record['seconds']} s, {record['memory']} GiB")
     return record
+
+
+def end_children() -> None:
+    """End what this process has started, with all that these have started.
+
+    A kernel outlives the papermill that started it, so both must go. Halted
+    first, papermill cannot start one meanwhile.
+    """
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.suspend()
+            for process in [*child.children(recursive=True), child]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
 
 
 def execute_all(
@@ -165,14 +194,23 @@ def execute_all(
         return execute(notebooks[name], folder, given, sources)
 
     pool = ThreadPoolExecutor(min(2, CORES))
+    found: dict[str, Future[Record]] = {}
     try:
-        found = {name: pool.submit(run, name) for name in [*trains[:1], *rest]}
+        for name in [*trains[:1], *rest]:
+            found[name] = pool.submit(run, name)
         for name in trains[:1]:
             found[name].exception()  # wait
-        found |= {name: pool.submit(run, name) for name in trains[1:]}
+        for name in trains[1:]:
+            found[name] = pool.submit(run, name)
         errors = {name: found[name].exception() for name in notebooks}
+    except BaseException:  # Ctrl-C, or a request to end
+        pool.shutdown(wait=False, cancel_futures=True)
+        while not all(chapter.done() for chapter in found.values()):
+            end_children()  # again: one may just have been about to start
+            time.sleep(0.1)
+        raise
     finally:
-        pool.shutdown(cancel_futures=True)  # after Ctrl-C, begin no other
+        pool.shutdown()
     for error in errors.values():
         if error is not None and not isinstance(error, BookError):
             raise error
@@ -362,6 +400,18 @@ def main() -> None:
         "--profile", default="cpu", choices=["smoke", "cpu", "gpu"]
     )
     given = {"profile": parser.parse_args().profile}
+    BUILD.mkdir(exist_ok=True)
+    try:
+        with FileLock(BUILD / ".lock", timeout=0):
+            build(given)
+    except Timeout:
+        raise BookError(
+            f"Another run is building the book in {BUILD}; wait for it."
+        ) from None
+
+
+def build(given: Mapping[str, str]) -> None:
+    """Do what :func:`main` says, alone in ``_build``."""
     records_of_results = ROOT / "reproduce" / "records"
     lock = ROOT / "requirements.lock"
     sources = digest(ROOT / "o2cap", records_of_results, lock, sys.version)
@@ -377,10 +427,27 @@ def main() -> None:
     (executed / "results.md").write_text(results)
     html = build_pages(stage(records))
     print(f"\n{results}\nThe book: {html / 'index.html'}")
+    if not (BUILD / "mathjax").exists():
+        print(
+            "Its formulas need a connection: MathJax did not come by npm. "
+            "With npm (Node.js) there, run the same command again."
+        )
+
+
+def terminated(signum: int, frame: object) -> None:
+    """Leave as after Ctrl-C, ending what was started."""
+    raise SystemExit(128 + signum)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, terminated)
     try:
         main()
-    except BookError as error:
+    except (BookError, InputError) as error:
         sys.exit(f"book: {error}")
+    except OSError as error:  # a full disk, or one that is read-only
+        what, why = error.filename or BUILD, error.strerror or error
+        sys.exit(f"book: {what} cannot be used ({why}).")
+    except KeyboardInterrupt:
+        print("book: interrupted; the same command goes on.", file=sys.stderr)
+        sys.exit(130)

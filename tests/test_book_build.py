@@ -3,13 +3,19 @@
 import importlib.util
 import json
 import re
+import shutil
+import signal
+import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import ModuleType
 
 import nbformat
+import psutil
 import pytest
+from filelock import FileLock
 from nbformat.v4 import new_code_cell, new_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,11 +129,86 @@ def test_copy_is_reused_only_while_nothing_changes(
         stamp.write_text(finished)
         with pytest.raises(RanAgainError):
             build.execute(path, executed, {"profile": profile}, sources)
+    for left in ("", "[]", "{}", finished[:20]):  # by a machine that went down
+        stamp.write_text(left)
+        with pytest.raises(RanAgainError):
+            build.execute(path, executed, {"profile": "smoke"}, "package")
     write_notebook(path, code + "\n")
     stamp.write_text(finished)
     with pytest.raises(RanAgainError):
         build.execute(path, executed, {"profile": "smoke"}, "package")
     assert not stamp.exists(), "an interrupted execution must not count as finished"
+
+
+def test_a_stamp_is_written_whole_or_not_at_all(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_notebook(tmp_path / "a.ipynb")
+    write, written = Path.write_text, []
+
+    def killed(self: Path, text: str, *args: object, **kwargs: object) -> int:
+        if text.startswith('{"digest"'):
+            written.append(self)
+            write(self, text[:9])
+            raise KeyboardInterrupt
+        return write(self, text, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build.execute(path, tmp_path / "executed", {"profile": "smoke"})
+    assert written and not (tmp_path / "executed/a.json").exists()
+
+
+@pytest.fixture
+def other_book(tmp_path: Path) -> Path:
+    """A checkout of a book whose one chapter sleeps; return its script."""
+    (tmp_path / "book").mkdir()
+    (tmp_path / "_toc.yml").write_text("root: book/sleeping\n")
+    code = "from pathlib import Path\nimport time\nPath(output, 'x').touch()\n"
+    write_notebook(tmp_path / "book/sleeping.ipynb", code + "time.sleep(600)")
+    return Path(shutil.copy(ROOT / "book/build.py", tmp_path / "book"))
+
+
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_build_that_is_ended_leaves_no_process(
+    how: signal.Signals, code: int, other_book: Path
+) -> None:
+    # A shell starts background jobs, and so these tests there, deaf to SIGINT.
+    hears = "import runpy, signal, sys; sys.argv.pop(0);"
+    hears += "signal.signal(signal.SIGINT, signal.default_int_handler);"
+    hears += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    process = subprocess.Popen(
+        [sys.executable, "-c", hears, other_book], stderr=subprocess.PIPE, text=True
+    )
+    begun = other_book.parents[1] / "_build/executed/sleeping/x"
+    while not begun.exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    started = psutil.Process(process.pid).children(recursive=True)
+    assert len(started) >= 2, "papermill and its kernel"
+    process.send_signal(how)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in said
+    assert not psutil.wait_procs(started, timeout=5)[1]
+
+
+def test_two_builds_do_not_work_in_one_folder(other_book: Path) -> None:
+    build = other_book.parents[1] / "_build"
+    build.mkdir()
+    with FileLock(build / ".lock"):
+        done = subprocess.run(
+            [sys.executable, other_book], capture_output=True, text=True
+        )
+    said = f"book: Another run is building the book in {build}; wait for it.\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
+def test_a_disk_that_refuses_is_one_sentence(other_book: Path) -> None:
+    build = other_book.parents[1] / "_build"
+    build.write_text("a file")
+    done = subprocess.run([sys.executable, other_book], capture_output=True, text=True)
+    said = f"book: {build} cannot be used (File exists).\n"
+    assert (done.returncode, done.stderr) == (1, said)
 
 
 def test_failing_notebook_is_kept_and_named(build: ModuleType, tmp_path: Path) -> None:
