@@ -34,7 +34,7 @@ lab: setup ## open the notebooks in JupyterLab
 reproduce: setup ## run the grid again: records, tables, figures (minutes to hours)
 	.venv/bin/o2cap reproduce
 
-accessibility: ## check the built book's pages with axe, in Chromium
+accessibility: setup ## check the built book's pages with axe, in Chromium
 	@$(PY) book/accessibility.py
 
 lint: setup ## ruff and mypy

@@ -20,6 +20,10 @@ from pathlib import Path
 HTML = Path(__file__).resolve().parent.parent / "_build" / "html"
 AXE = "axe-core@4.14.1"
 AXE_SHA256 = "e6b0ce02b84d892e2e33e403485e7f3d6c29e2be6df65daf44d89ba564139745"
+BROWSERS = (
+    *("chromium", "chromium-browser", "google-chrome"),
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+)
 VIEWS = {"desktop": (1280, "light"), "phone": (390, "dark")}
 # Not of our making: names of the theme's search button and folds leave out
 # what they show; docutils calls citations a list, and no list items.
@@ -53,7 +57,10 @@ addEventListener("load", () => setTimeout(async () => {
 def fetch_axe(folder: Path) -> Path:
     """Return axe's script, fetched by npm and checked."""
     command = ["npm", "pack", AXE, "--silent"]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    if subprocess.run(command, cwd=folder, capture_output=True).returncode:
+        sys.exit(
+            f"accessibility: npm cannot fetch {AXE}; try 'npm pack {AXE}'"
+        )
     archive = next(folder.glob("*.tgz"))
     if hashlib.sha256(archive.read_bytes()).hexdigest() != AXE_SHA256:
         sys.exit(f"{archive.name} is not the {AXE} that is known here")
@@ -91,11 +98,12 @@ def check(page: Path, axe: Path, browser: str, view: str) -> list[dict]:
 
 def main() -> None:
     """Check all pages but those of source code."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    browser = next(filter(None, map(shutil.which, names)), None)
-    if browser is None or shutil.which("npm") is None:
-        sys.exit("accessibility: Chromium and npm are needed")
     pages = sorted((HTML / "book").glob("[!.]*.html"))
+    if not pages:
+        sys.exit("accessibility: there are no pages; run make book first")
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None or shutil.which("npm") is None:
+        sys.exit("accessibility: Chromium or Chrome, and npm, are needed")
     total: Counter[tuple[str, str]] = Counter()
     with tempfile.TemporaryDirectory() as folder:
         axe = fetch_axe(Path(folder))

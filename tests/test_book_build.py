@@ -23,12 +23,16 @@ NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
 PARAMETERS = 'profile = "cpu"\ndataset = ""\nroot = ""\nseed = 0\noutput = ""'
 
 
-@pytest.fixture(scope="module")
-def build() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("build", ROOT / "book/build.py")
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"book/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def build() -> ModuleType:
+    return load("build")
 
 
 def write_notebook(path: Path, *code: str, parameters: str = PARAMETERS) -> Path:
@@ -246,6 +250,25 @@ def test_two_chapters_run_at_a_time_and_wait_for_shared_runs(
     assert log.index("b") < log.index("c")
     found = build.execute_all({"c": paths["c"]}, tmp_path, {})
     assert found == {"c": {"name": "c"}}
+
+
+def test_accessibility_of_no_pages_or_without_npm_is_no_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    access = load("accessibility")
+    monkeypatch.setattr(access, "HTML", tmp_path)
+    with pytest.raises(SystemExit, match="run make book first"):
+        access.main()
+    (tmp_path / "book").mkdir()
+    (tmp_path / "book/page.html").touch()
+    for name, code in (("npm", 1), ("chromium", 0)):
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f"#!/bin/sh\nexit {code}\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/bin:/usr/bin")
+    with pytest.raises(SystemExit, match="npm cannot fetch axe-core"):
+        access.main()
 
 
 def test_digest_sees_names_and_contents(build: ModuleType, tmp_path: Path) -> None:

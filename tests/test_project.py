@@ -4,11 +4,14 @@ import ast
 import importlib.metadata
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
@@ -141,6 +144,82 @@ def test_continuous_integration_runs_make_test() -> None:
     assert re.search(r"^(exec )?make test$", script.read_text(), re.MULTILINE)
     subprocess.run(["bash", "-n", str(script)], check=True)
     subprocess.run(["bash", "-n", str(ROOT / ".ci/setup")], check=True)
+
+
+@pytest.fixture
+def setup(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a copy of the set-up on a pretended machine, with a Python without venv."""
+    place = tmp_path / "checkout"
+    (place / ".ci").mkdir(parents=True)
+    shutil.copy(ROOT / ".ci/setup", place / ".ci")
+    for name in ("requirements.lock", "pyproject.toml"):
+        (place / name).touch()
+
+    def run(system: str, mac: str = "") -> subprocess.CompletedProcess[str]:
+        programs = {
+            "uname": f'[ "$1" = -s ] && echo "{system.split()[0]}" || echo "{system}"',
+            "sw_vers": f"echo {mac}",
+            "python3.11": '[ "$1" = -c ]',
+        }
+        for name, line in programs.items():
+            (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+            (tmp_path / name).chmod(0o755)
+        return subprocess.run(
+            ["bash", place / ".ci/setup"],
+            env={"PATH": f"{tmp_path}:/bin:/usr/bin"},
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("system", "mac", "good"),
+    [
+        ("Linux x86_64", "", True),
+        ("Linux aarch64", "", True),
+        ("Darwin arm64", "14.0", True),
+        ("Darwin arm64", "26.1.1", True),
+        ("Darwin arm64", "13.6.9", False),
+        ("Darwin x86_64", "15.2", False),
+        ("MINGW64_NT-10.0 x86_64", "", False),
+    ],
+)
+def test_set_up_refuses_what_the_pins_cannot_serve(
+    system: str, mac: str, good: bool, setup: Callable[..., Any]
+) -> None:
+    done = setup(system, mac)
+    assert done.returncode == 1
+    said = "cannot make environments" if good else "macOS 14 or later on Apple silicon"
+    assert said in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_set_up_deletes_only_what_it_has_made(
+    setup: Callable[..., Any], tmp_path: Path
+) -> None:
+    venv = tmp_path / "checkout/.venv"
+    kept = venv / "kept"
+    venv.mkdir()
+    kept.touch()
+    done = setup("Linux x86_64")
+    assert done.returncode == 1 and ".venv was made by something else" in done.stderr
+    (venv / "bin").mkdir()
+    shutil.copy(tmp_path / "python3.11", venv / "bin/python")
+    setup("Linux x86_64")  # a Python that works: added to, in vain
+    assert kept.exists() and (venv / ".o2cap-incomplete").exists()
+    assert "going on" in setup("Linux x86_64").stdout
+    (venv / "bin/python").write_text("broken")
+    assert "was made by something else" in setup("Linux x86_64").stderr
+    assert kept.exists()
+    (venv / ".o2cap-incomplete").write_text("999999999\n")  # made by the set-up itself
+    assert "making it anew" in setup("Linux x86_64").stdout
+    assert not kept.exists()
+    venv.mkdir()
+    (venv / ".o2cap-setup").write_text("/elsewhere\n")
+    kept.touch()
+    setup("Linux x86_64")
+    assert not kept.exists()
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])

@@ -88,7 +88,8 @@ def main() -> int:
         assert len(found.train) == number
         read = time.monotonic()
     stages = ", ".join(f"{k} {v:.0f} s" for k, v in run.final["seconds"].items())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes in ru_maxrss
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
     print(
         f"large: {number:,} pictures written in {written - begun:.0f} s; trained on in "
         f"{trained - written:.0f} s ({stages}; {run.final['clusters']} clusters); "
