@@ -689,6 +689,43 @@ def embeddings(case: Case) -> None:
 # ----------------------------------------------------------------------- command line
 
 
+def with_a_bad_path(case: Case) -> list[str]:
+    """Return a command whose path is too long, may not be read, or is of a file."""
+    draw, (_, done, data) = case.draw, a_run()
+    closed = case.folder / "closed"  # to root, an empty folder
+    closed.mkdir()
+    closed.chmod(0)
+    bad = one_of(
+        draw, closed, closed / "x", case.folder / ("x" * 300), "d/" * 3000,
+        case.folder / "file/x", "file", "file/",
+    )  # fmt: skip
+    picture, name = data.query.paths[0], one_of(draw, "market1501", "folders")
+    train = ["train", *tiny.options(), "--dataset", "folders"]
+    words = one_of(
+        draw,
+        ["data", "verify", one_of(draw, name, "manifest"), "--root", bad],
+        ["data", "sheet", name, "--root", bad, "-o", "sheet.png"],
+        ["data", "sheet", "manifest", "--root", bad, "-o", "sheet.png"],
+        [*train, "--root", bad, "--output", "new"],
+        [*train, "--root", picture.parents[1], "--output", "d/" * 3000],
+        ["train", *tiny.options(weights=bad), "--output", "new"],
+        ["evaluate", bad],
+        ["evaluate", done, "--root", bad],
+        ["embed", bad, picture, "-o", "f.npz"],
+        ["embed", done, bad, "-o", "f.npz"],
+        ["search", done, bad, "--gallery", picture.parent],
+        ["search", done, picture, "--gallery", bad],
+        ["cluster", done, bad, "-o", "c.csv"],
+        ["cluster", done, picture, "-o", "c.csv", "--sheets", bad],
+        ["report", bad],
+        ["reproduce", "--dry-run", "--output", case.folder / "file/x"],
+        ["reproduce", "--dry-run", "--output", "d/" * 3000],
+        ["reproduce", "--dry-run", "--grid", bad],
+        ["reproduce", "--dry-run", "--profile", case.folder / "file"],
+    )
+    return [str(word) for word in words]
+
+
 def commands(case: Case) -> None:
     """Words that somebody typed: code 0 or 2, and never a traceback."""
     draw = case.draw
@@ -730,6 +767,8 @@ def commands(case: Case) -> None:
     words = [name, *draw(st.lists(word, max_size=6))]
     if name == "train":
         words += ["--output", str(used)]  # a file: nothing is ever trained
+    if one_of(draw, True, False):  # a command that is whole, with a path that is not
+        words = with_a_bad_path(case)
     said, printed = io.StringIO(), io.StringIO()
     before = Path.cwd()
     os.chdir(case.folder)
