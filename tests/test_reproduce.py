@@ -416,14 +416,14 @@ def command(grid: Path, *more: str) -> list[str]:
     return [*start, "--grid", str(grid), "--output", output, *more]
 
 
-def kill_tree(process: subprocess.Popen[bytes]) -> None:
+def kill_tree(pid: int) -> None:
     """Kill a process and all below it at once, as a power cut does.
 
     Each is halted before any is killed, so that none starts another meanwhile, nor
     hears of another's death. One that ends by itself needs no killing.
     """
     halted: set[psutil.Process] = set()
-    tree = psutil.Process(process.pid)
+    tree = psutil.Process(pid)
     while fresh := {tree, *tree.children(recursive=True)} - halted:
         for victim in fresh:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -432,7 +432,10 @@ def kill_tree(process: subprocess.Popen[bytes]) -> None:
     for victim in halted:
         with contextlib.suppress(psutil.NoSuchProcess):
             victim.kill()
-    process.wait()
+    for victim in halted:  # until it holds no file any more
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while victim.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.01)
 
 
 def test_a_dry_run_says_what_would_run_and_runs_nothing(grid: Path, root: Path) -> None:
@@ -474,7 +477,8 @@ def test_killed_broken_and_resumed(grid: Path, root: Path) -> None:
     while not any(path.exists() for path in others):
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.02)
-    kill_tree(process)
+    kill_tree(process.pid)
+    process.wait()
     finished = [m for m in place if (place[m] / "record.json").exists()]
     assert "both" in finished and len(finished) < 4
     kept = {m: (place[m] / "record.json").stat().st_mtime_ns for m in finished}

@@ -3,10 +3,11 @@
     python tests/faults/kills.py [--kills 50] [--seed S] [WHAT ...]
 
 WHAT is killed: training (a short smoke run), unpack (data_scripts), render (the
-embedded data), book (a chapter of `make book`). Each is killed several times in a
-chain, goes on until it is done, and is compared bit for bit with one left alone:
-metrics but for the seconds, pseudo labels, weights; files; cells. The last line is a
-summary of counts.
+embedded data), book (a chapter of `make book`), reproduce (a batch of two jobs). Each
+is killed, with all the processes that it has started, several times in a chain, goes on
+until it is done, and is compared bit for bit with one left alone: metrics but for the
+seconds, pseudo labels, weights; files; cells; records. The last line is a summary of
+counts.
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # no threads yet: children are fo
 
 import nbformat
 import unpacking
+from test_reproduce import TINY, kill_tree
 from test_trainer import outcome
 
-from o2cap import features, files, trainer
+from o2cap import cli, features, files, trainer
 from o2cap.config import SyntheticConfig, WarmStartConfig, preset
 from o2cap.data import loading, synthetic
 
@@ -197,16 +199,14 @@ def kill_in_chain(
                 break
             if not aim and time.monotonic() >= moment:
                 break
-            if time.monotonic() > begun + 40 * length + 60:
-                os.killpg(child, signal.SIGKILL)
+            if time.monotonic() > begun + min(40 * length, 600) + 60:
+                kill_tree(child)
                 os.waitpid(child, 0)
                 raise Broken(f"{folder} hangs:\n{log.read_text()}")
             time.sleep(0.0003 if aim else 0.002)
             code = ended(child)
         if code is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
-                os.killpg(child, signal.SIGKILL)
+            kill_tree(child)
             _, status = os.waitpid(child, 0)
             code = os.waitstatus_to_exitcode(status)
         if code == -signal.SIGKILL:
@@ -336,11 +336,32 @@ def book(place: Path, kills: int) -> Target:
     return Target(work, compare, kills, longest=2)
 
 
+def reproduce(place: Path, kills: int) -> Target:
+    grid = place / "grid.yaml"
+    wanted = "methods: [broken, online, both, supervised]"
+    assert wanted in TINY
+    grid.write_text(TINY.replace(wanted, "methods: [online, both]"))
+    words = ["reproduce", "tiny", "--grid", str(grid), "--cores", "1", "--output"]
+
+    def work(folder: Path) -> None:
+        if code := cli.main([*words, str(folder)]):
+            raise SystemExit(code)
+
+    def compare(folder: Path) -> object:
+        record = json.loads((folder / "records/tiny.json").read_text())
+        assert not record["failures"] and len(record["rows"]) == 2
+        names = ("method", "fingerprint", "before", "history", "clusters", "metrics")
+        return [{name: row[name] for name in names} for row in record["rows"]]
+
+    return Target(work, compare, kills, longest=3)
+
+
 TARGETS: dict[str, tuple[Callable[[Path, int], Target], float]] = {
     "training": (training, 1.0),
     "unpack": (unpack, 0.2),
     "render": (render, 0.1),
     "book": (book, 0.06),
+    "reproduce": (reproduce, 0.1),
 }
 
 
