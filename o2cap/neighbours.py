@@ -9,12 +9,12 @@ what it finds.
 """
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-import faiss
 import numba
 import numpy as np
 import torch
@@ -276,6 +276,12 @@ class _Faiss:
     def __init__(self, features: Tensor, queries: Tensor, own: Tensor | None) -> None:
         if features.device.type != "cpu":
             raise ValueError("backend 'faiss' searches on the CPU only")
+        # Here, because on macOS it brings an OpenMP runtime of its own: two of them at
+        # work in one process crash it, so there it also gets one thread.
+        import faiss
+
+        if sys.platform == "darwin":
+            faiss.omp_set_num_threads(1)
         self.features, self.queries, self.own = features, queries, own
         self.index = faiss.IndexFlatIP(features.shape[1])
         self.index.add(features.numpy())

@@ -1,5 +1,8 @@
 """Exact neighbours against a float64 sort, on every search path."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -190,3 +193,12 @@ def test_misuse_is_refused():
     with pytest.raises(ValueError, match="shape"):
         nearest_neighbours(f[0], 1)
     assert nearest_neighbours(f, 3, f[:0])[1].shape == (0, 3)
+
+
+def test_faiss_is_loaded_where_it_is_used():
+    """On macOS it brings a second OpenMP runtime, which crashes beside torch's."""
+    code = "import sys, o2cap.trainer, o2cap.inference; print('faiss' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
