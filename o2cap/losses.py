@@ -2,8 +2,9 @@
 
 All take a batch of B anchors: their L2-normalised features f_i, [B, D], and their
 proxies p(i), [B]; and the memory entries m_p, [P, D], which get no gradient. None
-loops over samples, proxies or cameras, and none copies the memory or gathers entries
-of it. They compute in the precision of the memory, whatever that of the features.
+loops over samples, proxies or cameras, and none copies the memory or gathers more of
+it than the anchors' own entries, at most B rows (:func:`compare_with_own`). They
+compute in the precision of the memory, whatever that of the features.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """Decoding, random changes, and which pictures are drawn when."""
 
+import os
+import resource
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -250,9 +252,44 @@ def test_decode_says_when_the_disk_is_too_small_as_well(
 ) -> None:
     images = write_set(tmp_path, 2)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10))
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
-    with pytest.raises(InputError, match="TMPDIR"):
-        decode(images, 16, 8)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2 * 16 * 8 * 3 - 1, limits[1]))
+        with pytest.raises(InputError, match=r"GiB, which neither .* TMPDIR"):
+            decode(images, 16, 8)
+        monkeypatch.delattr("os.posix_fallocate", raising=False)
+        with pytest.raises(InputError, match=r"GiB, which neither .* TMPDIR"):
+            decode(images, 16, 8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("how", ["reserve", "write"])
+def test_room_on_the_disk_is_taken_before_it_is_used(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mapped file that grows as it is written to kills the program on a full disk."""
+    if how == "write":
+        monkeypatch.delattr("os.posix_fallocate", raising=False)
+    size = 2**24 + 5000  # more than a block
+    with (tmp_path / "file").open("w+b") as file:
+        loading._reserve(file, size)
+        found = os.fstat(file.fileno())
+        assert found.st_size == size and found.st_blocks * 512 >= size
+
+
+def test_processes_of_one_machine_share_its_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    images, size = write_set(tmp_path, 2), 2 * 16 * 8 * 3
+    free = SimpleNamespace(available=3 * size)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    caplog.set_level("INFO", "o2cap")
+    decode(images, 16, 8)
+    assert "not in memory" not in caplog.text
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    decode(images, 16, 8)
+    assert "not in memory" in caplog.text
 
 
 # ------------------------------------------ normalisation and random changes

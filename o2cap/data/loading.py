@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import psutil
@@ -75,8 +75,9 @@ def decode(
     Returns
     -------
     pixels : uint8 Tensor [N, height, width, 3]
-        In memory when a third of what is free holds it, else mapped from an unnamed
-        temporary file (in the folder TMPDIR names), which ends with the program.
+        In memory when a third of what is free holds it (of several processes on one
+        machine, a share of that third), else mapped from an unnamed temporary file (in
+        the folder TMPDIR names), which ends with the program.
     images : ImageSet
         The pictures that `pixels` holds, in their order.
 
@@ -89,19 +90,22 @@ def decode(
     shape = (len(images), height, width, 3)
     size = int(np.prod(shape, dtype=np.int64))
     pixels: np.ndarray
-    if size > psutil.virtual_memory().available / 3:
+    together = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # as torchrun says
+    if size > psutil.virtual_memory().available / 3 / together:
         folder = tempfile.gettempdir()
         logger.info(
             "%.1f GiB of pictures: kept in %s, not in memory", size / 2**30, folder
         )
-        if size > shutil.disk_usage(folder).free:
+        try:
+            with tempfile.TemporaryFile() as file:
+                _reserve(file, size)
+                pixels = np.memmap(file, np.uint8, "w+", shape=shape)
+        except OSError as error:
             raise InputError(
-                f"The decoded pictures need {size / 2**30:.1f} GiB, which neither the "
-                f"memory nor {folder} has free; set TMPDIR to a folder that has, or "
-                "choose a smaller --height and --width."
-            )
-        with tempfile.TemporaryFile() as file:
-            pixels = np.memmap(file, np.uint8, "w+", shape=shape)
+                f"The decoded pictures need {together * size / 2**30:.1f} GiB, which "
+                f"neither the memory nor {folder} has ({error.strerror or error}); set "
+                "TMPDIR to a folder that has, or choose a smaller --height and --width."
+            ) from error
     else:
         pixels = np.empty(shape, np.uint8)
     broken: dict[int, InputError] = {}
@@ -134,6 +138,20 @@ def decode(
     for place, i in enumerate(whole):  # in place: there may be no room for a copy
         pixels[place] = pixels[i]
     return tensor[: len(whole)], images.select(torch.tensor(whole))
+
+
+def _reserve(file: IO[bytes], size: int) -> None:
+    """Take the room on the disk now.
+
+    A mapped file that finds none later kills the program without a word.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+        return
+    block = bytes(2**24)
+    for start in range(0, size, len(block)):
+        file.write(block[: size - start])
+    file.flush()
 
 
 @lru_cache(maxsize=16)
@@ -198,7 +216,9 @@ def augment(
     start = (draw[:, :2] * (2 * border + 1)).long()
     changed = _moved(pixels, border, start, draw[:, 2] < flip)
     if jitter > 0:
-        changed = _jitter(changed, draw[:, 3:9].to(pixels.device), jitter)
+        changed = _jitter(
+            changed, draw[:, 3:9].to(pixels.device, non_blocking=True), jitter
+        )
     pictures = normalise(changed)
     if erase > 0:
         tries = torch.rand(batch, 10, 2, generator=generator)[rows]
