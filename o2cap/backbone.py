@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from o2cap.errors import InputError, unknown
+from o2cap.files import usable
 
 # Parts of torchvision's models that a backbone does without.
 _CLASSIFIERS = ("fc", "classifier", "heads", "head", "AuxLogits", "aux1", "aux2")
@@ -318,7 +319,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         When the file is missing, damaged, more than a dictionary of tensors, or holds
         NaN or infinity.
     """
-    if not path.is_file():
+    with usable(path):
+        exists = path.is_file()
+    if not exists:
         raise InputError(f"The weights file {path} does not exist.")
     state: Any
     try:

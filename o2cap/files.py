@@ -17,7 +17,8 @@ from o2cap.errors import InputError
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`, which takes its place at the end.
 
-    When the block fails or the program dies, `path` is as it was before.
+    When the block fails or the program dies, `path` is as it was before. When the power
+    is cut, it is that or the new file, whole.
 
     Raises
     ------
@@ -31,7 +32,12 @@ def replacing(path: Path) -> Iterator[Path]:
         os.close(handle)
         yield Path(name)
         os.chmod(name, 0o666 & ~_umask())
+        # On the disk first, and the exchange after it: a system may do them in the
+        # other order, and a power cut between the two would leave an empty file.
+        with open(name, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(name, path)
+        _sync_folder(path.parent)
     except OSError as error:
         raise InputError(
             f"{path} cannot be written ({error.strerror or error}); what was there "
@@ -41,6 +47,32 @@ def replacing(path: Path) -> Iterator[Path]:
         if name is not None:
             with contextlib.suppress(OSError):
                 os.unlink(name)
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # not every system opens a folder
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def usable(path: Path) -> Iterator[None]:
+    """Look at `path` in the block: a question that the system may refuse to answer.
+
+    Raises
+    ------
+    InputError
+        When it does (no permission, too long a name).
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be used ({error.strerror or error})."
+        ) from error
 
 
 def read_json(path: Path, *names: str) -> list[Any]:

@@ -579,3 +579,8 @@ def test_weights_of_a_run_set_the_whole_model(tmp_path: Path) -> None:
         assert torch.equal(value, again.state_dict()[name]), name
     with pytest.raises(InputError, match=r"lacks entries .* pooling\.p"):
         build_model("tiny_resnet", str(file), height=32, width=16, pooling="gem")
+
+
+def test_a_path_that_the_system_refuses_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cannot be used .*too long"):
+        build_model("tiny_resnet", str(tmp_path / ("n" * 300)), height=32, width=16)
