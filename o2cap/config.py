@@ -1,8 +1,10 @@
 """Every setting of a run: typed, frozen, with presets by name.
 
 The same records serve the command line (``--clustering.eps 0.5``), the notebooks
-(``preset("smoke", method="online")``) and ``config.yaml`` in a run directory; tyro
-reads all three, so a misspelt name is refused everywhere with the nearest one.
+(``preset("smoke", method="online")``) and ``config.yaml`` in a run directory. tyro
+reads the first and the last and refuses a misspelt name with the nearest one, as
+:func:`preset` does; values with which nothing can work are refused wherever they come
+from.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
@@ -26,6 +28,18 @@ from o2cap.errors import InputError, unknown
 Method = Literal["baseline", "intra", "offline", "online", "both"]
 Precision = Literal["auto", "bf16", "fp16", "off"]
 Reduction = Literal["camera_sum", "mean"]
+
+
+def _check_choices(settings: Any, prefix: str = "--") -> None:
+    """Refuse a value outside its field's choices: Python itself checks none."""
+    hints = get_type_hints(type(settings))
+    for name in hints:
+        value, choices = getattr(settings, name), get_args(hints[name])
+        if is_dataclass(value):
+            _check_choices(value, f"{prefix}{name.replace('_', '-')}.")
+        elif get_origin(hints[name]) is Literal and value not in choices:
+            option = prefix + name.replace("_", "-")
+            raise InputError(unknown(option, str(value), map(str, choices)))
 
 
 @dataclass(frozen=True)
@@ -154,6 +168,7 @@ class SyntheticConfig:
     """Seed of identities, cameras and pictures; by default the one of the training."""
 
     def __post_init__(self) -> None:
+        _check_choices(self, "--synthetic.")
         least = {"identities": 1, "test_identities": 0, "cameras": 1}
         least |= {"images_per_camera": 2, "seed": 0, "strength": 0}
         for name, low in least.items():
@@ -162,8 +177,6 @@ class SyntheticConfig:
                 raise InputError(f"synthetic.{name} must be at least {low}: {value}")
         if not 0 < self.presence <= 1:
             raise InputError(f"synthetic.presence must lie in (0, 1]: {self.presence}")
-        if self.kind not in ("person", "vehicle"):
-            raise InputError(f"synthetic.kind must be person or vehicle: {self.kind}")
 
 
 @dataclass(frozen=True)
@@ -203,7 +216,8 @@ class Config:
     threads: int = 0
     """Threads of the arithmetic on the CPU; 0 is chosen by the program."""
     precision: Precision = "auto"
-    """Mixed precision; auto is bf16 where the hardware has it, else off."""
+    """Mixed precision; auto is bf16 where the hardware has it, fp16 on a GPU without,
+    else off."""
     deterministic: bool = False
     """On a GPU, only deterministic kernels (slower); on the CPU all of ours are."""
     evaluate_every: int = 5
@@ -223,6 +237,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse values with which a run cannot work (InputError names the option)."""
+        _check_choices(self)
         at_least = {
             "epochs": (self.epochs, 1),
             "iterations": (self.iterations, 1),
@@ -266,6 +281,16 @@ class Config:
                 raise InputError(
                     f"--{name} is {number}; it must lie between {low:g} and {high:g}."
                 )
+        if self.clustering.k2 > self.clustering.k1:
+            raise InputError(
+                f"--clustering.k2 is {self.clustering.k2}; it must be at most "
+                f"--clustering.k1, which is {self.clustering.k1}."
+            )
+        if self.clustering.eps == 1:
+            raise InputError(
+                "--clustering.eps is 1.0; it must be below 1, the distance of pictures "
+                "that have nothing in common."
+            )
         if not all(0 <= share <= 1 for share in self.optim.milestones):
             raise InputError(
                 f"--optim.milestones are {self.optim.milestones}; they are shares of "
@@ -352,10 +377,14 @@ def preset(name: str, **changes: Any) -> Config:
     Raises
     ------
     InputError
-        When no preset has that name, or a value cannot work.
+        When no preset, or no setting, has that name, or a value cannot work.
     """
     if name not in PRESETS:
         raise InputError(unknown("The preset", name, PRESETS))
+    known = [field.name for field in fields(Config)]
+    for change in changes:
+        if change not in known:
+            raise InputError(unknown("The setting", change, known))
     return replace(PRESETS[name], **changes)
 
 

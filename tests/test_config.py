@@ -109,6 +109,8 @@ def test_preset_with_changes_and_an_unknown_one() -> None:
     assert config.iterations == PRESETS["smoke"].iterations
     with pytest.raises(InputError, match=r"'smoek'.*Did you mean smoke\?"):
         preset("smoek")
+    with pytest.raises(InputError, match=r"'metod'.*Did you mean method\?"):
+        preset("smoke", metod="online")
 
 
 # ------------------------------------------ the command line
@@ -228,7 +230,9 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("--batch.proxies", {"batch": BatchConfig(proxies=1, images=1)}),
     ("--clustering.k1", {"clustering": ClusteringConfig(k1=0)}),
     ("--clustering.k2", {"clustering": ClusteringConfig(k2=0)}),
+    ("--clustering.k2", {"clustering": ClusteringConfig(k1=5, k2=6)}),
     ("--clustering.eps", {"clustering": ClusteringConfig(eps=1.5)}),
+    ("--clustering.eps", {"clustering": ClusteringConfig(eps=1.0)}),
     ("--clustering.eps", {"clustering": ClusteringConfig(eps=float("nan"))}),
     ("--clustering.min-samples", {"clustering": ClusteringConfig(min_samples=0)}),
     ("--loss.temperature", {"loss": LossConfig(temperature=0.0)}),
@@ -252,6 +256,13 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("--warm-start.lr", {"warm_start": WarmStartConfig(lr=float("inf"))}),
     ("--warm-start.temperature", {"warm_start": WarmStartConfig(temperature=-1.0)}),
     ("--warm-start.jitter", {"warm_start": WarmStartConfig(jitter=1.1)}),
+    # What tyro would refuse, from Python.
+    ("--method", {"method": "onlin"}),
+    ("--precision", {"precision": "fp32"}),
+    ("--model.pooling", {"model": ModelConfig(pooling="max")}),  # type: ignore[arg-type]
+    ("--model.last-stride", {"model": ModelConfig(last_stride=5)}),  # type: ignore[arg-type]
+    ("--loss.reduction", {"loss": LossConfig(reduction="sum")}),  # type: ignore[arg-type]
+    ("--clustering.search", {"clustering": ClusteringConfig(search="flat")}),  # type: ignore[arg-type]
 ]
 
 
@@ -260,6 +271,11 @@ def test_a_bad_value_names_its_option(option: str, change: dict[str, Any]) -> No
     with pytest.raises(InputError) as caught:
         preset("smoke", **change)
     assert str(caught.value).startswith(f"{option} ")
+
+
+def test_a_bad_choice_is_refused_with_the_nearest() -> None:
+    with pytest.raises(InputError, match=r"Did you mean online\? There are: baseline,"):
+        preset("smoke", method="onlin")
 
 
 def test_bad_values_are_refused_on_the_command_line_and_in_files(
