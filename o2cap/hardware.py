@@ -41,7 +41,8 @@ class Hardware:
         Raises
         ------
         InputError
-            When the device asked for is not here.
+            When the device asked for is not here, or is at work already and cannot
+            be made deterministic any more.
         """
         name = config.device
         if name == "auto":
@@ -50,6 +51,8 @@ class Hardware:
             name = f"cuda:{os.environ['LOCAL_RANK']}"  # a GPU for each process
         try:
             device = torch.device(name)
+            if config.deterministic and device.type == "cuda":
+                _ask_for_deterministic_products()
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
@@ -87,22 +90,24 @@ class Hardware:
         cudnn = torch.backends.cudnn
         threads, benchmark = torch.get_num_threads(), cudnn.benchmark
         strict = torch.are_deterministic_algorithms_enabled()
-        tf32 = torch.get_float32_matmul_precision()
-        if config.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        tf32 = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+        # Without devices it would initialise all GPUs, for a run on the CPU too.
+        on_gpu = [self.device] if self.device.type == "cuda" else []
         try:
             torch.set_num_threads(self.threads)
             torch.use_deterministic_algorithms(config.deterministic)
             cudnn.benchmark = not config.deterministic
+            cudnn.allow_tf32 = self.precision != "off"
             if self.device.type == "cuda" and self.precision != "off":
                 torch.set_float32_matmul_precision("high")
-            with torch.random.fork_rng(), self._as_current():
+            with torch.random.fork_rng(on_gpu), self._as_current():
                 yield
         finally:
             torch.set_num_threads(threads)
             torch.use_deterministic_algorithms(strict)
             cudnn.benchmark = benchmark
-            torch.set_float32_matmul_precision(tf32)
+            torch.set_float32_matmul_precision(tf32[0])
+            cudnn.allow_tf32 = tf32[1]
 
     def _as_current(self) -> contextlib.AbstractContextManager[object]:
         if self.device.type == "cuda":
@@ -124,3 +129,15 @@ class Hardware:
         """Return the pictures `index` (on the CPU) on the device."""
         there = index.to(pixels.device, non_blocking=True)
         return pixels[there].to(self.device, non_blocking=True)
+
+
+def _ask_for_deterministic_products() -> None:
+    """Set what cuBLAS reads once, at its first product."""
+    name = "CUBLAS_WORKSPACE_CONFIG"
+    if name not in os.environ and torch.cuda.is_initialized():
+        raise InputError(
+            f"--deterministic True comes too late: the GPU is at work already. Set the "
+            f"environment variable {name}=:4096:8 before Python starts, or restart the "
+            "kernel."
+        )
+    os.environ.setdefault(name, ":4096:8")

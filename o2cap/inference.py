@@ -22,10 +22,9 @@ from torch import Tensor
 from o2cap.data.images import ImageSet, list_pictures
 from o2cap.data.loading import decode
 from o2cap.errors import InputError
-from o2cap.features import extract
-from o2cap.files import replacing
+from o2cap.files import replacing, usable
 from o2cap.neighbours import nearest_neighbours
-from o2cap.trainer import Hardware, find_clusters, load_model
+from o2cap.trainer import Hardware, extract_all, find_clusters, load_model
 from o2cap.visualization import Figure, contact_sheet, ranked_lists
 
 # 0002_c1s1_000451_03.jpg, as in Market-1501, DukeMTMC-reID and VeRi-776
@@ -123,9 +122,11 @@ def find_pictures(where: Path | Sequence[Path]) -> ImageSet:
     known: dict[Path, tuple[int, int]] = {}
     for given in [where] if isinstance(where, Path) else where:
         place = Path(os.path.abspath(given))
-        if place.is_dir():
+        with usable(place):
+            is_folder, is_file = place.is_dir(), place.is_file()
+        if is_folder:
             paths, top = list_pictures(place), place.parent
-        elif place.is_file():
+        elif is_file:
             paths, top = [place], place.parent.parent
         else:
             raise InputError(f"{given} does not exist; name a picture or a folder.")
@@ -195,15 +196,8 @@ def embed(
             workers=config.workers,
             skip_unreadable=skip_unreadable,
         )
-        features = extract(
-            model.to(hardware.device),
-            pixels,
-            height=config.height,
-            width=config.width,
-            device=hardware.device,
-            precision=hardware.extraction,
-            progress=True,
-        )
+        model = model.to(hardware.device)
+        features = extract_all(model, pixels, config, hardware, progress=True)
     return Embedding(images, features.cpu(), _fingerprint(run))
 
 

@@ -21,7 +21,7 @@ from o2cap.data.images import ImageSet, ReIDDataset
 from o2cap.data.loading import decode
 from o2cap.errors import InputError
 from o2cap.evaluation import evaluate_retrieval
-from o2cap.files import replacing
+from o2cap.files import replacing, usable
 from o2cap.inference import UNREADABLE, embed
 from o2cap.trainer import load_configured
 from o2cap.visualization import (
@@ -69,7 +69,9 @@ def report(
     InputError
         When the directory is no run, or holds no finished epoch, or is damaged.
     """
-    if not (run / "config.yaml").is_file():
+    with usable(run):
+        is_run = (run / "config.yaml").is_file()
+    if not is_run:
         raise InputError(f"{run} is no run directory (it has no config.yaml).")
     config = load(run / "config.yaml")
     history, clusters, environment, summary = _read(run)
@@ -126,10 +128,23 @@ def _read(run: Path) -> tuple[list[dict[str, Any]], list[Tensor], dict, dict | N
 def _same_data(
     config: Config, environment: dict[str, Any], dataset: ReIDDataset | None
 ) -> tuple[str, ReIDDataset | None]:
-    """Return the data set of the run, or None and the reason why it is not there."""
+    """Return the pictures of the run, or None and the reason why they are not there.
+
+    They are those of the data set that could be read, where others were to be left out.
+    """
     try:
         dataset = dataset or load_configured(config)
-        if dataset.fingerprint() == environment["fingerprint"]:
+        known = environment["fingerprint"]
+        if dataset.fingerprint() == known and config.skip_unreadable:
+            readable = (
+                decode(images, 1, 1, skip_unreadable=True)[1] if len(images) else images
+                for images in dataset.splits().values()
+            )
+            dataset = ReIDDataset(dataset.name, *readable)
+            # (A run of an older version does not say.)
+            same = {"kept": dataset.fingerprint()}
+            known = environment.get("unreadable", same)["kept"] or known
+        if dataset.fingerprint() == known:
             return "", dataset
         reason = "the data set found is not the one the run was trained on"
     except (InputError, OSError) as error:
@@ -247,8 +262,6 @@ def _clusters(
     ]
     if dataset is not None:
         images = dataset.train
-        if config.skip_unreadable:
-            _, images = decode(images, 1, 1, skip_unreadable=True)
         parts.append(_spread(clusters, images.camids))
         largest = last[last >= 0].bincount().argsort(descending=True, stable=True)[:6]
         rows = torch.where(torch.isin(last, largest), last, -1)

@@ -23,9 +23,11 @@ import safetensors.torch
 import torch
 import yaml
 from filelock import FileLock, Timeout
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from torch.amp import GradScaler
-from torch.utils.tensorboard import SummaryWriter
 
 from o2cap import distributed
 from o2cap.backbone import ReIDModel
@@ -33,7 +35,7 @@ from o2cap.config import NO_INFLUENCE, Config, load
 from o2cap.data.images import ReIDDataset
 from o2cap.distributed import first_only
 from o2cap.errors import InputError
-from o2cap.files import read_json, replacing
+from o2cap.files import read_json, replacing, usable
 from o2cap.hardware import Hardware
 
 logger = logging.getLogger("o2cap")
@@ -46,10 +48,11 @@ class RunDirectory:
 
     ``config.yaml``; ``environment.json`` (versions, device, commit, data counts and
     fingerprint); ``metrics.jsonl`` (a line per epoch) and ``warm_start.jsonl``;
-    ``pseudo_labels/epoch_NNN.npz``; ``checkpoint.pt`` (after every epoch, all that a
-    resumed run needs); ``start.safetensors``, the weights before the first epoch;
-    ``model.safetensors`` and ``summary.json`` at the end; TensorBoard events. Files
-    are written whole or not at all.
+    ``pseudo_labels/epoch_NNN.npz``; ``unreadable.txt``, the pictures left out, if there
+    are any; ``checkpoint.pt`` (after every epoch, all that a resumed run needs);
+    ``start.safetensors``, the weights before the first epoch; ``model.safetensors`` and
+    ``summary.json`` at the end; TensorBoard events, which grow. The other files are
+    written whole or not at all.
     """
 
     def __init__(self, config: Config) -> None:
@@ -57,7 +60,7 @@ class RunDirectory:
         self.path = config.directory()
         self.history: list[Metrics] = []
         self.warm_history: list[Metrics] = []
-        self.board: SummaryWriter | None = None
+        self.board: Path | None = None
 
     @classmethod
     @contextlib.contextmanager
@@ -93,11 +96,13 @@ class RunDirectory:
     @first_only
     def _check(self, resume: bool) -> None:
         known = self.path / "config.yaml"
-        if self.path.is_file():
+        with usable(self.path):
+            is_file, is_run = self.path.is_file(), known.is_file()
+            inside = list(self.path.iterdir()) if self.path.is_dir() else []
+        if is_file:
             raise InputError(f"--output {self.path} is a file; name a directory.")
-        if not known.is_file():
+        if not is_run:
             # (What a killed run leaves before its settings is hidden.)
-            inside = self.path.iterdir() if self.path.is_dir() else ()
             if any(not path.name.startswith(".") for path in inside):
                 raise InputError(
                     f"--output {self.path} holds files but no run (no config.yaml); "
@@ -144,16 +149,51 @@ class RunDirectory:
 
     @first_only
     def begin(
-        self, dataset: ReIDDataset, hardware: Hardware, pseudo_labels: Tensor | None
+        self,
+        dataset: ReIDDataset,
+        hardware: Hardware,
+        pseudo_labels: Tensor | None,
+        kept: ReIDDataset,
     ) -> None:
-        """Write what is known before the first step."""
+        """Write what is known before the first step.
+
+        Parameters
+        ----------
+        kept : ReIDDataset
+            The pictures of `dataset` that can be read.
+
+        Raises
+        ------
+        InputError
+            When a run to be resumed began with others.
+        """
+        left_out = _left_out(dataset, kept)
+        unreadable = {
+            "count": len(left_out),
+            "kept": kept.fingerprint() if left_out else None,  # all
+        }
         if not (self.path / "config.yaml").is_file():
             text = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
             self._write("config.yaml", text)
         if not (self.path / "environment.json").is_file():
             facts = describe_environment(self.config, dataset, hardware)
             facts["pseudo_labels"] = _fingerprint(pseudo_labels)
+            facts["unreadable"] = unreadable
+            if left_out:
+                self._write("unreadable.txt", "".join(f"{p}\n" for p in left_out))
             self._write("environment.json", json.dumps(facts, indent=2))
+            return
+        facts = json.loads((self.path / "environment.json").read_text("utf-8"))
+        if facts.get("unreadable", unreadable) != unreadable:  # old runs do not say
+            path = self.path / "unreadable.txt"
+            text = path.read_text("utf-8", "surrogateescape") if path.is_file() else ""
+            differing = set(text.splitlines()).symmetric_difference(map(str, left_out))
+            first = f", the first being {min(differing)}" if differing else ""
+            raise InputError(
+                f"--output {self.path} belongs to a run from which --skip-unreadable "
+                f"left other pictures out{first}; put the files back as they were, or "
+                "choose another --output."
+            )
 
     @first_only
     def check_input(
@@ -190,11 +230,12 @@ class RunDirectory:
         Raises
         ------
         InputError
-            When the file is damaged.
+            When the file is damaged, or its weights are not finite.
         """
         path = self.path / "checkpoint.pt"
-        for left in self.path.rglob(".*.part"):  # of a run killed while writing
-            left.unlink()
+        with usable(self.path):
+            for left in self.path.rglob(".*.part"):  # of a run killed while writing
+                left.unlink()
         state = None
         if path.is_file():
             try:
@@ -203,11 +244,18 @@ class RunDirectory:
                         raise ValueError("checksum")
                 state = torch.load(path, map_location="cpu", weights_only=True)
                 stage, last = state["stage"], int(state["epoch"])
+                finite = all(x.isfinite().all() for x in state["model"].values())
             except Exception as error:
                 raise InputError(
                     f"{path} is damaged or no checkpoint of this program "
                     f"({type(error).__name__}); delete it to train from the start."
                 ) from error
+            if not finite:
+                raise InputError(
+                    f"{path} holds weights that are not finite, so training cannot go "
+                    f"on from it; delete {self.path} and train again, with a lower "
+                    "--optim.lr or --precision off."
+                )
             done = last if stage == "train" else -1
             self.history = self._lines("metrics.jsonl", done)
             self.warm_history = self._lines(
@@ -231,7 +279,16 @@ class RunDirectory:
         """
         try:
             model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
+            # A checkpoint says how the other device computed; a GPU needs fused=True.
+            groups = [
+                {**theirs, "fused": mine["fused"]}
+                for theirs, mine in zip(
+                    state["optimizer"]["param_groups"],
+                    optimizer.param_groups,
+                    strict=True,
+                )
+            ]
+            optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
             if state["scaler"]:  # empty if the device before needed none
                 scaler.load_state_dict(state["scaler"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -258,12 +315,34 @@ class RunDirectory:
         with replacing(self.path / name) as path, path.open("wb") as file:
             np.savez_compressed(file, clusters=clusters.numpy())
         self._write_lines("metrics.jsonl", self.history)
+        self._draw(record)
+
+    def _draw(self, record: Metrics) -> None:
+        """Add an epoch to the TensorBoard events.
+
+        Not by a SummaryWriter, whose thread ends in a traceback where the disk is full.
+        """
+        epoch, now, content = record["epoch"], time.time(), io.BytesIO()
+        writer = RecordWriter(content)
         if self.board is None:
-            self.board = SummaryWriter(str(self.path), purge_step=record["epoch"])
-        for key, value in record.items():
-            if isinstance(value, int | float) and key != "epoch":
-                self.board.add_scalar(key, value, record["epoch"])
-        self.board.flush()
+            name = f"events.out.tfevents.{time.time_ns()}.{platform.node()}"
+            self.board = self.path / name
+            # What another file holds of this epoch and later ones is forgotten.
+            again = SessionLog(status=SessionLog.START)
+            for event in (
+                Event(wall_time=now, file_version="brain.Event:2"),
+                Event(wall_time=now, step=epoch, session_log=again),
+            ):
+                writer.write(event.SerializeToString())
+        values = [
+            Summary.Value(tag=key, simple_value=value)
+            for key, value in record.items()
+            if isinstance(value, int | float) and key != "epoch"
+        ]
+        event = Event(wall_time=now, step=epoch, summary=Summary(value=values))
+        writer.write(event.SerializeToString())
+        with usable(self.board), self.board.open("ab") as file:
+            file.write(content.getvalue())
 
     @first_only
     def record_warm_start(self, record: Metrics) -> None:
@@ -310,8 +389,6 @@ class RunDirectory:
             "config_hash": self.config.hash(),
         }
         self._write("summary.json", json.dumps(summary, indent=2))
-        if self.board is not None:
-            self.board.close()
 
     def result(self, model: ReIDModel) -> RunResult:
         """Return the finished run."""
@@ -327,7 +404,17 @@ class RunDirectory:
 
     def _write(self, name: str, text: str) -> None:
         with replacing(self.path / name) as path:
-            path.write_text(text, encoding="utf-8")
+            # A file name that is no valid UTF-8 goes out as the bytes it is.
+            path.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def _left_out(dataset: ReIDDataset, kept: ReIDDataset) -> list[Path]:
+    left_out = []
+    for split, images in dataset.splits().items():
+        if len(kept.splits()[split]) < len(images):
+            there = set(kept.splits()[split].paths)
+            left_out += [path for path in images.paths if path not in there]
+    return left_out
 
 
 def _fingerprint(labels: Tensor | None) -> str | None:

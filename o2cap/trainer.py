@@ -19,7 +19,7 @@ from tqdm import tqdm
 from o2cap import distributed, losses
 from o2cap.backbone import ReIDModel, build_model, read_state_dict
 from o2cap.clustering import dbscan, jaccard_distance
-from o2cap.config import Config, load
+from o2cap.config import Config, SyntheticConfig, load
 from o2cap.data import load_dataset
 from o2cap.data.images import ImageSet, ReIDDataset
 from o2cap.data.loading import (
@@ -31,6 +31,7 @@ from o2cap.data.loading import (
 from o2cap.errors import InputError, TrainingError
 from o2cap.evaluation import RetrievalMetrics, clustering_quality, evaluate_retrieval
 from o2cap.features import autocast, extract
+from o2cap.files import usable
 from o2cap.hardware import Hardware
 from o2cap.neighbours import nearest_neighbours
 from o2cap.proxies import CameraProxies, ProxyMemory, split_by_camera
@@ -78,9 +79,15 @@ def train(
     InputError
         When the data, the settings or the directory cannot be used.
     TrainingError
-        When a loss is NaN or infinite; the last good checkpoint stays.
+        When losses, weights or features are not finite; the last good checkpoint
+        stays.
     """
-    with distributed.joined(), RunDirectory.claim(config, resume) as run:
+    pseudo_labels = check_labels(pseudo_labels)
+    with (
+        distributed.joined(),
+        RunDirectory.claim(config, resume) as run,
+        _memory_suffices(),
+    ):
         run.check_input(dataset, pseudo_labels)
         if run.finished():
             logger.info("%s is finished already", run.path)
@@ -130,6 +137,11 @@ def _train(
             skip_unreadable=config.skip_unreadable,
         )
         evaluator = Evaluator(config, dataset, hardware)
+    evaluated = [part for _, part in evaluator.decoded] or (
+        dataset.query,
+        dataset.gallery,
+    )
+    kept = ReIDDataset(dataset.name, train_set, *evaluated)
     pids, images = train_set.pids, train_set.without_identities()
     if pseudo_labels is not None and len(pseudo_labels) != len(images):
         raise InputError(
@@ -137,7 +149,7 @@ def _train(
             "readable training pictures; give one for each."
         )
     pixels = hardware.place(pixels)
-    run.begin(dataset, hardware, pseudo_labels)
+    run.begin(dataset, hardware, pseudo_labels, kept)
     _announce(dataset, hardware, run, config)
 
     # -- warm start, or on from where the run was left
@@ -146,7 +158,16 @@ def _train(
     state = run.restore()
     if state is None or state["stage"] == "warm start":
         if warm_start_runs(config):
-            warm_start(model, network, pixels, config, hardware, run, state)
+            warm_start(
+                model,
+                network,
+                pixels,
+                config,
+                hardware,
+                run,
+                state,
+                paths=images.paths,
+            )
         before = evaluator.record(model)
         if before:
             logger.info("before training: %s", _in_words(before))
@@ -220,19 +241,40 @@ def _train(
 
 
 def extract_all(
-    model: ReIDModel, pixels: Tensor, config: Config, hardware: Hardware
+    model: ReIDModel,
+    pixels: Tensor,
+    config: Config,
+    hardware: Hardware,
+    *,
+    progress: bool = False,
 ) -> Tensor:
-    """Return the features of all pictures, each process extracting its share."""
+    """Return the features of all pictures, each process extracting its share.
+
+    Raises
+    ------
+    TrainingError
+        When some are not finite.
+    """
     n = len(pixels)
-    features = extract(
-        model,
-        pixels[distributed.share(n)],
-        height=config.height,
-        width=config.width,
-        device=hardware.device,
-        precision=hardware.extraction,
+    # fp16 ends at 65504, which a network trained in bf16 may exceed. All processes have
+    # all features, so they agree on whether it did.
+    for precision in dict.fromkeys((hardware.extraction, "off")):
+        features = extract(
+            model,
+            pixels[distributed.share(n)],
+            height=config.height,
+            width=config.width,
+            device=hardware.device,
+            precision=precision,
+            progress=progress,
+        )
+        features = distributed.gather(features, n)
+        if features.sum().isfinite():  # no temporary of the size of the features
+            return features
+    raise TrainingError(
+        "The network's features are not finite: its weights are too large. Train again "
+        "with a lower --optim.lr, or with --precision off."
     )
-    return distributed.gather(features, n)
 
 
 def find_clusters(features: Tensor, config: Config) -> Tensor:
@@ -242,11 +284,12 @@ def find_clusters(features: Tensor, config: Config) -> Tensor:
     """
     settings, n = config.clustering, len(features)
     similarity, index = nearest_neighbours(
-        features,
+        features.cpu() if settings.search == "faiss" else features,  # where faiss works
         min(settings.k1, n),
         rows=distributed.share(n),
         backend=settings.search,
     )
+    similarity, index = similarity.to(features.device), index.to(features.device)
     neighbours = distributed.gather(similarity, n), distributed.gather(index, n)
 
     def cluster() -> Tensor:
@@ -372,6 +415,8 @@ def warm_start(
     hardware: Hardware,
     run: RunDirectory,
     state: dict[str, Any] | None,
+    *,
+    paths: Sequence[Path],
 ) -> None:
     """Train from random weights without labels: each picture is its own class.
 
@@ -387,6 +432,8 @@ def warm_start(
         Training pictures.
     state : dict or None
         What the run directory holds of an interrupted warm start.
+    paths : sequence of Path
+        As in :func:`train_epoch`.
     """
     settings = config.warm_start
     optimizer = _adam(model, settings.lr, config, hardware)
@@ -401,8 +448,8 @@ def warm_start(
             len(pixels), settings.iterations, generator, images=settings.images
         )
         own = distributed.share(2 * batches.shape[1])
-        total = torch.zeros((), device=hardware.device)
         network.train()
+        history: list[Tensor] = []
         for index in _bar(batches, f"warm start {epoch}"):
             pictures = augment(
                 hardware.batch(pixels, index.repeat(2)),
@@ -418,14 +465,23 @@ def warm_start(
             features = distributed.gather(features, 2 * len(index))
             loss = losses.instance_loss(features, temperature=settings.temperature)
             _step(loss, optimizer, scaler)
-            total += loss.detach()
+            history.append(loss.detach())
         distributed.copy_buffers(model)
-        mean = float(total) / len(batches)
-        if not np.isfinite(mean):
-            raise TrainingError(
-                f"The warm start's loss is {mean} in epoch {epoch} (learning rate "
-                f"{settings.lr:g}); lower --warm-start.lr, or try --precision off."
+        found = torch.stack(history).cpu()
+        with distributed.together():
+            check_finite(
+                found,
+                model,
+                pixels,
+                batches,
+                config,
+                hardware,
+                epoch=epoch,
+                lr=settings.lr,
+                paths=paths,
+                whose="The warm start's",
             )
+        mean = float(sum(found)) / len(found)  # in order, as one adds them up
         logger.info("warm start, epoch %d: loss %.3f", epoch, mean)
         run.record_warm_start({"epoch": epoch, "loss": mean, "lr": settings.lr})
         run.save({"stage": "warm start", "epoch": epoch}, model, optimizer, scaler)
@@ -521,15 +577,17 @@ def train_epoch(
         history.append(torch.stack(list(parts.values())).detach())
     distributed.copy_buffers(network)
     found = torch.stack(history).cpu()
-    bad = (~found.isfinite()).any(dim=1).nonzero().flatten()
-    if len(bad):
-        first = int(bad[0])
-        some = ", ".join(str(paths[i]) for i in batches[first][:4].tolist())
-        raise TrainingError(
-            f"The loss is {found[first].sum().item()} in epoch {epoch}, iteration "
-            f"{first} (learning rate {learning_rate(config, epoch):g}; pictures "
-            f"{some}, ...); the checkpoint of the epoch before stays. Lower "
-            "--optim.lr, or try --precision off."
+    with distributed.together():
+        check_finite(
+            found.sum(dim=1),
+            network,
+            pixels,
+            batches,
+            config,
+            hardware,
+            epoch=epoch,
+            lr=learning_rate(config, epoch),
+            paths=paths,
         )
     mean = dict(zip(names, found.mean(dim=0).tolist(), strict=True))
     return {
@@ -538,6 +596,64 @@ def train_epoch(
         "proxies": len(proxies),
         "proxies_visited": int(proxies.label[batches].unique().numel()),
     }
+
+
+def check_finite(
+    loss: Tensor,
+    network: nn.Module,
+    pixels: Tensor,
+    batches: Tensor,
+    config: Config,
+    hardware: Hardware,
+    *,
+    epoch: int,
+    lr: float,
+    paths: Sequence[Path],
+    whose: str = "The",
+) -> None:
+    """Refuse an epoch that broke the network, before it replaces the last good one.
+
+    A loss tells of the weights before its step only; so the weights that the last step
+    left are looked at too, and what they make of the last batch.
+
+    Parameters
+    ----------
+    loss : Tensor [iterations]
+        On the CPU.
+    batches : LongTensor [iterations, B]
+        The pictures of each.
+
+    Raises
+    ------
+    TrainingError
+        Names the epoch, the learning rate and pictures of the batch.
+    """
+    bad = (~loss.isfinite()).nonzero().flatten()
+    at = int(bad[0]) if len(bad) else len(loss) - 1
+    if len(bad):
+        what = f"loss is {loss[at].item()}"
+    else:
+        # (Of several processes, what DistributedDataParallel trains.)
+        model: Any = getattr(network, "module", network)
+        numbers = [*model.parameters(), *model.buffers()]
+        finite = [x.isfinite().all() for x in numbers if x.is_floating_point()]
+        features = extract(
+            model,
+            hardware.batch(pixels, batches[-1]),
+            height=config.height,
+            width=config.width,
+            device=hardware.device,
+        )
+        if torch.stack([*finite, features.isfinite().all()]).all():
+            return
+        what = "network breaks (its weights or features are not finite)"
+    some = ", ".join(str(paths[i]) for i in batches[at][:4].tolist())
+    option = "--optim.lr" if whose == "The" else "--warm-start.lr"
+    raise TrainingError(
+        f"{whose} {what} in epoch {epoch}, iteration {at} (learning rate {lr:g}; "
+        f"pictures {some}, ...); nothing of this epoch is kept. Lower {option}, or try "
+        "--precision off."
+    )
 
 
 def describe_clusters(clusters: Tensor, camids: Tensor, pids: Tensor | None) -> Metrics:
@@ -647,11 +763,13 @@ def load_model(
     InputError
         When the directory holds no finished run, or its weights do not fit.
     """
-    if not (directory / "config.yaml").is_file():
+    path = directory / weights
+    with usable(directory):
+        is_run, is_finished = (directory / "config.yaml").is_file(), path.is_file()
+    if not is_run:
         raise InputError(f"{directory} is no run directory (it has no config.yaml).")
     config = load(directory / "config.yaml")
-    path = directory / weights
-    if not path.is_file():
+    if not is_finished:
         raise InputError(
             f"The run in {directory} is not finished (it has no {weights}); "
             "the same o2cap train command resumes it."
@@ -686,6 +804,8 @@ def load_configured(config: Config) -> ReIDDataset:
     options = asdict(config.synthetic)
     if options["seed"] is None:
         options["seed"] = config.seed
+    if options["kind"] == SyntheticConfig().kind:  # which nobody need have said
+        del options["kind"]
     return load_dataset(
         config.dataset,
         config.root,
@@ -693,6 +813,26 @@ def load_configured(config: Config) -> ReIDDataset:
         height=config.height,
         width=config.width,
     )
+
+
+def check_labels(labels: Tensor | None) -> Tensor | None:
+    """Return pseudo labels as int64 on the CPU.
+
+    Raises
+    ------
+    InputError
+        When they are not one whole number a picture.
+    """
+    if labels is None:
+        return None
+    kind = labels.dtype
+    whole = not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
+    if labels.ndim != 1 or not whole:
+        raise InputError(
+            "Pseudo labels must be whole numbers, one a picture: a LongTensor [N], not "
+            f"{kind} {list(labels.shape)}."
+        )
+    return labels.to("cpu", torch.int64)
 
 
 def check_parts(dataset: ReIDDataset) -> None:
@@ -805,6 +945,18 @@ def _bar(batches: Tensor, what: str) -> Iterator[Tensor]:
     """Draw a progress bar, once, and on a terminal only."""
     hidden = None if distributed.rank() == 0 else True
     return iter(tqdm(batches, what, leave=False, disable=hidden))
+
+
+@contextlib.contextmanager
+def _memory_suffices() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            "The GPU's memory is full. If another program fills it, the same command "
+            "resumes later where this one stopped; if not, a new run with a smaller "
+            "--batch.proxies, --batch.images, --height or --width needs less."
+        ) from error
 
 
 @contextlib.contextmanager

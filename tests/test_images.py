@@ -77,6 +77,10 @@ def test_fingerprint_follows_the_pictures_not_the_place(tmp_path: Path) -> None:
         here.train.without_identities(),
     ):
         assert replace(here, train=changed).fingerprint() != here.fingerprint()
+    hidden = here.fingerprint()
+    (tmp_path / "here/cam/a.jpg").unlink()
+    (tmp_path / "here/cam/a.jpg").symlink_to(tmp_path / "nowhere")
+    assert here.fingerprint() != hidden  # and no traceback
     swapped = replace(here, train=here.query, query=here.train)
     assert swapped.fingerprint() != here.fingerprint()
 

@@ -387,3 +387,8 @@ def test_real_pictures(run: Path, tmp_path: Path) -> None:
     # A camera's frames of one person are near-doubles: even this network finds some.
     assert hits >= 8  # of 21; by chance 1 or 2
     best.save(tmp_path / "ranked.png")
+
+
+def test_a_path_that_the_system_refuses_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cannot be used .*too long"):
+        find_pictures(tmp_path / ("n" * 300))

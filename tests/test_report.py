@@ -307,3 +307,22 @@ def test_what_is_no_run(
         (copy / name).write_text(content)
     with pytest.raises(InputError, match=message):
         report(copy)
+
+
+def test_a_run_that_left_pictures_out(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Path(shutil.copytree(pictures, tmp_path / "own"))
+    broken = next(own.glob("cam1/*.png"))
+    whole = broken.read_bytes()
+    broken.write_bytes(b"x" * len(whole))
+    config = replace(TINY, dataset="folders", root=own, output=tmp_path / "run")
+    run = train(replace(config, skip_unreadable=True)).directory
+    page = Page(report(run))
+    assert "left out" not in page.text.partition("Configuration")[0]
+    assert "unreadable.count" in page.text
+    shown = len(page.all("img"))
+    broken.write_bytes(whole)  # readable now, and of the same size
+    page = Page(report(run))
+    assert "not the one the run was trained on" in page.text
+    assert len(page.all("img")) < shown

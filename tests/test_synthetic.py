@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from o2cap.data import synthetic
+from o2cap.config import preset
+from o2cap.data import load_dataset, synthetic
 from o2cap.data.images import ImageSet, ReIDDataset
 from o2cap.data.synthetic import (
     SyntheticConfig,
@@ -21,6 +22,7 @@ from o2cap.data.synthetic import (
     render_image,
 )
 from o2cap.errors import InputError
+from o2cap.trainer import load_configured
 
 SMALL = SyntheticConfig(identities=10, test_identities=8, cameras=4, presence=0.7)
 
@@ -391,6 +393,29 @@ def test_export_leaves_nothing_half_written(
 def test_bad_settings_are_named(name: str, value: Any) -> None:
     with pytest.raises(InputError, match=f"synthetic.{name}"):
         SyntheticConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "right"),
+    [
+        ("synthetic", "vehicle", "synthetic-vehicles"),
+        ("synthetic-vehicles", "person", "synthetic"),
+    ],
+)
+def test_a_kind_that_contradicts_the_data_set_is_refused(
+    name: str, kind: str, right: str
+) -> None:
+    with pytest.raises(InputError, match=f"use --dataset {right}\\."):
+        load_dataset(name, kind=kind)
+
+
+def test_settings_name_a_kind_by_the_data_set() -> None:
+    few = SyntheticConfig(identities=2, test_identities=0, cameras=2)
+    shown = preset("smoke", dataset="synthetic-vehicles", synthetic=few)
+    assert load_configured(shown).name == "synthetic-vehicle"
+    wrong = preset("smoke", synthetic=replace(few, kind="vehicle"))
+    with pytest.raises(InputError, match="use --dataset synthetic-vehicles"):
+        load_configured(wrong)
 
 
 def test_bad_sizes(tmp_path: Path) -> None:

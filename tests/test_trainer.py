@@ -12,12 +12,14 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -163,6 +165,7 @@ def test_the_environment_is_recorded(whole: Path, data: ReIDDataset) -> None:
     assert facts["counts"]["train"] == {"images": 54, "identities": 6, "cameras": 3}
     assert facts["fingerprint"] == data.fingerprint()
     assert facts["pseudo_labels"] is None
+    assert facts["unreadable"] == {"count": 0, "kept": None}
 
 
 def test_tensorboard_reads_the_curves(whole: Path) -> None:
@@ -287,6 +290,7 @@ def test_the_callers_state_comes_back(data: ReIDDataset, tmp_path: Path) -> None
             torch.get_num_threads(),
             torch.are_deterministic_algorithms_enabled(),
             torch.backends.cudnn.benchmark,
+            torch.backends.cudnn.allow_tf32,
             torch.get_float32_matmul_precision(),
             torch.is_grad_enabled(),
         )
@@ -426,8 +430,33 @@ def test_given_labels_of_another_length_are_refused(
     data: ReIDDataset, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match="53 pseudo labels for 54"):
-        train(tiny.config(tmp_path / "run"), data, pseudo_labels=torch.zeros(53))
+        labels = torch.zeros(53, dtype=torch.int64)
+        train(tiny.config(tmp_path / "run"), data, pseudo_labels=labels)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [torch.zeros(54), torch.zeros(54, dtype=torch.bool), torch.zeros(54, 1).long()],
+)
+def test_labels_that_are_not_one_whole_number_a_picture_are_refused(
+    labels: Tensor, data: ReIDDataset, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="Pseudo labels must be whole numbers"):
+        train(tiny.config(tmp_path / "run"), data, pseudo_labels=labels)
+    assert not (tmp_path / "run").exists()
+
+
+def test_given_labels_of_any_whole_kind_are_the_same(
+    data: ReIDDataset, tmp_path: Path
+) -> None:
+    assert data.train.pids is not None
+    one, two = (
+        train(tiny.config(tmp_path / str(kind)), data, pseudo_labels=labels).directory
+        for kind in (torch.int64, torch.int16)
+        for labels in [data.train.pids.to(kind)]
+    )
+    assert outcome(one) == outcome(two)
 
 
 def test_a_run_is_not_mixed_with_one_on_given_labels(
@@ -670,6 +699,48 @@ def test_unreadable_pictures_are_left_out_where_told(
     with np.load(tmp_path / "run/pseudo_labels/epoch_001.npz") as kept:
         assert len(kept["clusters"]) == 53
     assert caplog.text.count("cannot be read and are left out") == 3
+    left_out = (tmp_path / "run/unreadable.txt").read_text().splitlines()
+    assert left_out == [str(tmp_path / "broken.png")] * 3
+    facts = json.loads((tmp_path / "run/environment.json").read_text())
+    assert facts["unreadable"]["count"] == 3
+    assert facts["unreadable"]["kept"] != facts["fingerprint"]
+
+
+def test_a_run_goes_on_with_the_pictures_that_it_began_with_or_not_at_all(
+    data: ReIDDataset, tmp_path: Path
+) -> None:
+    """The file has the size it had, so that the data set looks the same."""
+    broken = replace(data, train=breaking(data.train, tmp_path))
+    config = tiny.config(tmp_path / "run", skip_unreadable=True)
+    with pytest.raises(Stop):
+        train(config, broken, on_epoch=stop_at(0))
+    file = tmp_path / "broken.png"
+    damaged = file.read_bytes()
+    small = tmp_path / "small.gif"
+    Image.new("L", (1, 1)).save(small)
+    file.write_bytes(small.read_bytes().ljust(len(damaged), b"\0"))
+    with pytest.raises(InputError, match=r"--skip-unreadable .*first.* .*broken\.png"):
+        train(config, broken)
+    file.write_bytes(damaged)
+    train(config, broken)
+    whole = train(replace(config, output=tmp_path / "whole"), broken).directory
+    assert outcome(tmp_path / "run") == outcome(whole)
+
+
+def test_a_link_to_nowhere_is_left_out_as_told(
+    data: ReIDDataset, tmp_path: Path
+) -> None:
+    for path, camid in zip(data.train.paths, data.train.camids, strict=True):
+        (tmp_path / f"own/cam{camid}").mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / f"own/cam{camid}")
+    (tmp_path / "own/cam1/gone.png").symlink_to(tmp_path / "nowhere.png")
+    own = {"dataset": "folders", "root": tmp_path / "own"}
+    with pytest.raises(InputError, match=r"gone\.png"):
+        train(tiny.config(tmp_path / "run", **own))
+    config = tiny.config(tmp_path / "run", skip_unreadable=True, **own)
+    assert train(config).final["loss"] > 0
+    left_out = (tmp_path / "run/unreadable.txt").read_text()
+    assert left_out == f"{tmp_path / 'own/cam1/gone.png'}\n"
 
 
 # --------------------------------------------------------------------- a loss of NaN
@@ -709,9 +780,199 @@ def test_a_warm_start_that_diverges_is_named(
         return features.sum() * float("inf")
 
     monkeypatch.setattr(trainer.losses, "instance_loss", instance_loss)
-    with pytest.raises(TrainingError, match=r"warm start's loss is .* in epoch 0"):
+    with pytest.raises(TrainingError) as caught:
         train(tiny.config(tmp_path / "run"), data)
+    said = str(caught.value)
+    assert said.startswith("The warm start's loss is ")
+    assert "epoch 0, iteration 0 (learning rate 0.002; pictures" in said
+    assert said.count(".png") == 4 and "--warm-start.lr" in said
     assert not (tmp_path / "run/checkpoint.pt").exists()
+
+
+def steep(real: Any, at: int) -> Callable[..., Tensor]:
+    """Return a loss of which call `at` is finite and its gradient is not."""
+    calls = 0
+
+    def loss(features: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        cliff = (features - features.detach()).abs().sum().sqrt()
+        return real(features, *args, **kwargs) + (cliff if calls == at else 0)
+
+    return loss
+
+
+@pytest.mark.parametrize("stage", ["train", "warm start"])
+def test_a_last_step_that_breaks_the_weights_is_not_kept(
+    stage: str,
+    whole: Path,
+    data: ReIDDataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All losses are finite: each was computed before its step."""
+    name = {"train": "offline_loss", "warm start": "instance_loss"}[stage]
+    option = {"train": "--optim.lr", "warm start": "--warm-start.lr"}[stage]
+    config = tiny.config(tmp_path / "run")
+    monkeypatch.setattr(trainer.losses, name, steep(getattr(trainer.losses, name), 6))
+    with pytest.raises(TrainingError, match="network breaks") as caught:
+        train(config, data)
+    said = str(caught.value)
+    assert "in epoch 1, iteration 2 (learning rate" in said and option in said
+    assert said.count(".png") == 4
+    assert ("warm start" in said) == (stage == "warm start")
+    state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert (state["stage"], state["epoch"]) == (stage, 0)
+    assert all(value.isfinite().all() for value in state["model"].values())
+    monkeypatch.undo()
+    train(config, data)
+    assert outcome(tmp_path / "run") == outcome(whole)
+
+
+def test_weights_too_large_to_compute_with_are_not_kept(
+    data: ReIDDataset, tmp_path: Path
+) -> None:
+    """They are finite, and what comes of them is not."""
+    huge = settings.OptimConfig(lr=1e30, warmup=0.0)
+    config = tiny.config(tmp_path, iterations=1, optim=huge, evaluate_every=9)
+    with pytest.raises(TrainingError, match=r"breaks .* in epoch 0, .* rate 1e\+30"):
+        train(config, data)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["epoch"] == -1
+
+
+def test_a_checkpoint_of_broken_weights_is_refused(
+    half: Path, data: ReIDDataset
+) -> None:
+    state = torch.load(half / "checkpoint.pt", weights_only=True)
+    state["model"]["bottleneck.weight"][3] = float("nan")
+    torch.save(state, half / "checkpoint.pt")
+    with pytest.raises(InputError, match=r"checkpoint\.pt holds weights .* delete"):
+        train(tiny.config(half), data)
+
+
+@pytest.mark.parametrize("breaks_at", [["fp16"], ["fp16", "off"]])
+def test_features_beyond_half_precision_are_extracted_again(
+    breaks_at: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def extract(model: Any, pixels: Tensor, *, precision: str, **_: Any) -> Tensor:
+        asked.append(precision)
+        features = torch.ones(len(pixels), 4)
+        features[1, 2] = float("nan") if precision in breaks_at else 1
+        return features
+
+    monkeypatch.setattr(trainer, "extract", extract)
+    on_gpu: Any = SimpleNamespace(device=torch.device("cpu"), extraction="fp16")
+    given: Any = (None, torch.zeros(3, 2), tiny.config(Path("run")), on_gpu)
+    if "off" in breaks_at:
+        with pytest.raises(TrainingError, match="features are not finite"):
+            trainer.extract_all(*given)
+    else:
+        assert trainer.extract_all(*given).isfinite().all()
+    assert asked == ["fp16", "off"]
+
+
+# ------------------------------------------------------------------------- hardware
+
+
+class OnGPU(Tensor):
+    """Features that must be brought to the CPU first."""
+
+    def cpu(self) -> Tensor:  # type: ignore[override]
+        return self.as_subclass(Tensor)
+
+
+def test_faiss_searches_features_of_a_gpu_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, kinds = trainer.nearest_neighbours, []
+
+    def nearest_neighbours(features: Tensor, *args: Any, **kwargs: Any) -> Any:
+        kinds.append(type(features))
+        return real(features, *args, **kwargs)
+
+    monkeypatch.setattr(trainer, "nearest_neighbours", nearest_neighbours)
+    features = torch.nn.functional.normalize(torch.randn(40, 8)).as_subclass(OnGPU)
+    found = []
+    for search in ("torch", "faiss"):
+        config = tiny.config(Path("run"))
+        clustering = replace(config.clustering, search=search, eps=0.9)
+        config = replace(config, clustering=clustering)
+        found.append(trainer.find_clusters(features, config))
+    assert kinds == [OnGPU, Tensor]
+    assert torch.equal(*found)
+
+
+def test_a_run_on_the_cpu_leaves_gpus_alone(
+    data: ReIDDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, devices = torch.random.fork_rng, []
+
+    def fork_rng(*args: Any) -> Any:
+        devices.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(torch.random, "fork_rng", fork_rng)
+    train(tiny.config(tmp_path, epochs=1), data)
+    assert devices == [([],)]
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [("off", False), ("bf16", True)])
+def test_tf32_goes_with_mixed_precision(precision: Any, allowed: bool) -> None:
+    config = tiny.config(Path("run"), precision=precision)
+    before = torch.backends.cudnn.allow_tf32
+    with trainer.Hardware.choose(config).in_force(config):
+        assert torch.backends.cudnn.allow_tf32 == allowed
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
+def test_determinism_that_comes_too_late_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = tiny.config(Path("run"), deterministic=True, device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    with pytest.raises(InputError, match=r"CUBLAS_WORKSPACE_CONFIG.*restart"):
+        trainer.Hardware.choose(config)
+    trainer.Hardware.choose(replace(config, device="cpu"))
+
+
+def test_a_full_gpu_is_said_and_harms_nothing(
+    whole: Path, half: Path, data: ReIDDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train_epoch(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(trainer, "train_epoch", train_epoch)
+    with pytest.raises(InputError) as caught:
+        train(tiny.config(half), data)
+    for word in ("--batch.proxies", "--batch.images", "--height", "--width", "resume"):
+        assert word in str(caught.value)
+    monkeypatch.undo()
+    train(tiny.config(half), data)
+    assert outcome(half) == outcome(whole)
+
+
+@pytest.mark.parametrize("theirs", [True, False])
+def test_a_checkpoint_does_not_say_how_this_device_computes(
+    theirs: bool, half: Path
+) -> None:
+    """A fused optimizer is for GPUs, and one that is not is slow there."""
+    run = trainer.RunDirectory(tiny.config(half))
+    state = run.restore()
+    assert state is not None
+    (group,) = state["optimizer"]["param_groups"]
+    group["fused"] = theirs
+    model = trainer.build_model("tiny_resnet", "none", height=32, width=16)
+    trained = [value for value in model.parameters() if value.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=1.0, fused=not theirs)
+    run.take_up(state, model, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    assert optimizer.param_groups[0]["fused"] is not theirs
+    assert optimizer.param_groups[0]["lr"] == 1e-3  # the rest is taken over
+    model(torch.zeros(2, 3, 32, 16)).sum().backward()
+    optimizer.step()
 
 
 # ------------------------------------------------------- an output that cannot be used
@@ -757,6 +1018,19 @@ def test_a_file_is_no_directory(data: ReIDDataset, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be written"):
         train(tiny.config(tmp_path / "file/below"), data)
     assert snapshot(tmp_path) == {str(tmp_path / "file"): b"a"}
+
+
+LONG = "n" * 300  # characters: longer than a file name may be
+
+
+def test_a_path_that_the_system_refuses_is_named(
+    data: ReIDDataset, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"cannot be used .*too long"):
+        train(tiny.config(tmp_path / LONG), data)
+    with pytest.raises(InputError, match=r"cannot be used .*too long"):
+        load_model(tmp_path / LONG)
+    assert list(tmp_path.iterdir()) == []
 
 
 GARBLED = ["config.yaml", "environment.json", "summary.json", "metrics.jsonl"]

@@ -97,5 +97,11 @@ def _render(name: str, root: Path | None, options: dict[str, Any]) -> ReIDDatase
     for option in options:
         if option not in known:
             raise InputError(unknown(f"The option of {name}", option, known))
-    config = SyntheticConfig(**(options | {"kind": kind}))
+    config = SyntheticConfig(**({"kind": kind} | options))
+    if config.kind != kind:
+        right = next(n for n, how in EMBEDDED.items() if how[0] == config.kind)
+        raise InputError(
+            f"The data set {name} shows {kind}s, but synthetic.kind is {config.kind}; "
+            f"use --dataset {right}."
+        )
     return render_dataset(config, **(size | how))

@@ -162,7 +162,11 @@ class ReIDDataset:
             digest.update(split.encode())
             for path in images.paths:
                 name = "/".join(path.parts[-2:])
-                digest.update(f"{name}:{path.stat().st_size}\n".encode())
+                try:
+                    size = str(path.stat().st_size)
+                except OSError:  # a link to nowhere, which training may leave out
+                    size = "missing"
+                digest.update(f"{name}:{size}\n".encode("utf-8", "surrogateescape"))
             digest.update(images.camids.numpy().tobytes())
             if images.pids is not None:
                 digest.update(images.pids.numpy().tobytes())
