@@ -178,6 +178,24 @@ def test_tensorboard_reads_the_curves(whole: Path) -> None:
         assert drawn == [(step, pytest.approx(value)) for step, value in kept]
 
 
+def test_tensorboard_draws_an_epoch_that_was_repeated_once(
+    half: Path, data: ReIDDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A life ends between an epoch's curves and its checkpoint."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def save(*_: Any) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(trainer.RunDirectory, "save", save)
+        train(tiny.config(half), data)
+    train(tiny.config(half), data)
+    assert len(list(half.glob("events.out.tfevents.*"))) == 3
+    events = EventAccumulator(str(half)).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [0, 1]
+
+
 def test_the_result_is_the_run_directory(whole: Path, data: ReIDDataset) -> None:
     result = train(tiny.config(whole), data)
     assert result.directory == whole
