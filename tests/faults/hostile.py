@@ -528,6 +528,20 @@ def result(folder: Path) -> tuple[Any, ...]:
     return records, (folder / "model.safetensors").read_bytes()
 
 
+def with_a_wrong_weight(draw: Draw, path: Path) -> bytes:
+    """Return a checkpoint with one weight that is no number, or an infinite one."""
+    state = torch.load(path, weights_only=True)
+    weights = [x for x in state["model"].values() if x.is_floating_point()]
+    weight = one_of(draw, *range(len(weights)))
+    place = np.unravel_index(
+        whole(draw, 0, weights[weight].numel() - 1), weights[weight].shape
+    )
+    weights[weight][place] = one_of(draw, np.nan, np.inf, -np.inf)
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
 def runs(case: Case) -> None:
     """A run directory in which one file is not what it was; training goes on in it."""
     draw = case.draw
@@ -538,14 +552,21 @@ def runs(case: Case) -> None:
     name = one_of(draw, *(n for n in names if not n.startswith("events")))
     path = place / name
     how, content = damaged(draw, path.read_bytes())
-    if name == "checkpoint.pt" and one_of(draw, True, False):
-        how, content = "code", pickle.dumps(Trap(case.outside / "executed"))
+    if name == "checkpoint.pt":
+        how = one_of(draw, how, "code", "not finite")
+    if how == "code":
+        content = pickle.dumps(Trap(case.outside / "executed"))
+    elif how == "not finite":
+        (place / "summary.json").unlink(missing_ok=True)  # else nothing goes on
+        content = with_a_wrong_weight(draw, path)
     path.write_bytes(content)
+    named = [name] if how in ("code", "not finite") else []
     try:
-        found = case.attempt(lambda: train(tiny.config(place), data))
+        found = case.attempt(lambda: train(tiny.config(place), data), *named)
     except TrainingError:
         case.tally["stopped"] += 1
         return
+    assert found is None or how != "not finite", "weights that are no numbers are taken"
     if found is not None and not (place / "summary.json").samefile(path):
         same = result(place) == result(done)
         # Numbers in a text file, and weights, carry no checksum.
