@@ -479,7 +479,8 @@ def describe_environment(
     commit = None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
+            # marked where the working tree holds more than what is committed
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
             cwd=Path(__file__).parent,
             capture_output=True,
             text=True,
@@ -490,7 +491,8 @@ def describe_environment(
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": " ".join(sys.argv),
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        # with the instructions that torch uses: others round sums differently
+        "platform": f"{platform.platform()}, {torch.backends.cpu.get_cpu_capability()}",
         "versions": {name: version(name) for name in packages},
         "commit": commit,
         "device": device,
