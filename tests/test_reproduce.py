@@ -22,6 +22,7 @@ import yaml
 from o2cap import reproduce as batch
 from o2cap.config import WarmStartConfig, preset
 from o2cap.errors import InputError, TrainingError
+from o2cap.records import default_value
 from o2cap.reproduce import GRID, RECORDS, Job, compare, configure, read_grid
 from o2cap.trainer import train
 
@@ -114,6 +115,9 @@ def test_studies_change_one_setting_and_start_from_the_same_data() -> None:
             for name in plain[group]
             if plain[group][name] != usual[group][name]
         ]
+        if job.value == default_value(job.study):
+            assert not differing, job.name
+            continue
         assert len(differing) == 1, job.name
         if differing[0][0] in ("loss", "clustering"):  # decided after the warm start
             assert job.start is not None and job.start.name in ablation
