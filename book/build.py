@@ -123,7 +123,7 @@ def execute(
     private = folder / ".ipython"
     settings = private / "profile_default" / "ipython_kernel_config.py"
     settings.parent.mkdir(parents=True, exist_ok=True)
-    settings.write_text("c.IPKernelApp.log_level = 40\n")
+    settings.write_text("c.IPKernelApp.log_level = 50\n")
     kernels = str(Path(sys.prefix, "share", "jupyter"))
     places = {"JUPYTER_PATH": kernels, "IPYTHONDIR": str(private)}
     half = {"OMP_NUM_THREADS": str(max(1, CORES // 2))}  # two run at a time
