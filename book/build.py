@@ -423,7 +423,11 @@ def build(given: Mapping[str, str]) -> None:
     }
     records = execute_all(notebooks, executed, given, sources)
     tables = [executed / Path(name).name / "results.md" for name in records]
-    results = "\n".join(t.read_text() for t in tables if t.exists())
+    results = "\n".join(
+        f"From the chapter {table.parent.name}:\n\n{table.read_text()}"
+        for table in tables
+        if table.exists()
+    )
     (executed / "results.md").write_text(results)
     html = build_pages(stage(records))
     print(f"\n{results}\nThe book: {html / 'index.html'}")
