@@ -54,7 +54,7 @@ lock: setup ## pin the dependencies of pyproject.toml in requirements.lock
 
 clean: ## delete what was built, keep .venv
 	rm -rf _build .pytest_cache .mypy_cache .ruff_cache book/.ruff_cache .hypothesis
-	find o2cap book tests -name __pycache__ -prune -exec rm -rf {} +
+	find o2cap o2cap_book book tests -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## delete .venv too
 	rm -rf .venv *.egg-info

@@ -40,14 +40,15 @@ from o2cap.clustering import dbscan, jaccard_distance
 from o2cap.config import BatchConfig, Config, preset
 from o2cap.data import load_dataset
 from o2cap.data.images import ImageSet, ReIDDataset
-from o2cap.data.loading import augment, proxy_batches
+from o2cap.data.samplers import proxy_batches
+from o2cap.data.transforms import augment
+from o2cap.device import Hardware
 from o2cap.evaluation import clustering_quality
-from o2cap.features import autocast, extract
+from o2cap.features import autocast, extract, extract_all
 from o2cap.files import read_json, replacing
-from o2cap.hardware import Hardware
 from o2cap.neighbours import nearest_neighbours
 from o2cap.proxies import CameraProxies, ProxyMemory, split_by_camera
-from o2cap.trainer import extract_all, method_losses, train, train_epoch
+from o2cap.trainer import method_losses, train, train_epoch
 
 Item = dict[str, Any]
 

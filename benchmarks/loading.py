@@ -26,7 +26,8 @@ from torch import Tensor
 from torchvision import transforms
 
 from o2cap.data.images import ImageSet
-from o2cap.data.loading import MEAN, STD, augment, decode
+from o2cap.data.loading import decode
+from o2cap.data.transforms import MEAN, STD, augment
 
 
 def write_pictures(folder: Path, count: int, height: int, width: int) -> ImageSet:

@@ -36,6 +36,7 @@ from o2cap.files import replacing
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "_build"
+PACKAGES = (ROOT / "o2cap", ROOT / "o2cap_book")
 CORES = os.cpu_count() or 1
 PARAMETERS = {"profile", "dataset", "root", "seed", "output"}
 MATHJAX = "mathjax@3.2.2"
@@ -372,7 +373,7 @@ def outside_requests(html: Path) -> list[str]:
 def build_pages(folder: Path) -> Path:
     """Build the pages, unless the same sources have given those there."""
     html, stamp = BUILD / "html", BUILD / "html.digest"
-    key = digest(folder, ROOT / "o2cap", sys.version)
+    key = digest(folder, *PACKAGES, sys.version)
     if html.exists() and stamp.exists() and stamp.read_text() == key:
         return html
     # From scratch: sphinx tells the warnings of a changed page only.
@@ -414,7 +415,7 @@ def build(given: Mapping[str, str]) -> None:
     """Do what :func:`main` says, alone in ``_build``."""
     records_of_results = ROOT / "reproduce" / "records"
     lock = ROOT / "requirements.lock"
-    sources = digest(ROOT / "o2cap", records_of_results, lock, sys.version)
+    sources = digest(*PACKAGES, records_of_results, lock, sys.version)
     executed = BUILD / "executed"
     forget_runs(executed, sources)
     sources_of = {name: ROOT / f"{name}.ipynb" for name in chapters()}

@@ -17,7 +17,7 @@ import tyro
 from unpacking import refusal
 
 from o2cap.data import load_dataset
-from o2cap.data.benchmarks import read_dataset
+from o2cap.data.readers import read_dataset
 from o2cap.data.synthetic import SyntheticConfig, export_market1501
 from o2cap.errors import InputError
 

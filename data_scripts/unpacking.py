@@ -29,7 +29,7 @@ from typing import IO, Any, NamedTuple
 
 from tqdm import tqdm
 
-from o2cap.data.benchmarks import Verification, verify_dataset
+from o2cap.data.readers import Verification, verify_dataset
 from o2cap.errors import InputError
 
 

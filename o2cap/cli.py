@@ -136,9 +136,11 @@ def evaluate(
         device: auto, cpu, cuda, mps.
         workers: Threads that decode pictures; 0 means one a core.
     """
+    from o2cap.data import load_configured
+    from o2cap.device import Hardware
+    from o2cap.evaluation import Evaluator, check_parts
     from o2cap.files import read_json
-    from o2cap.hardware import Hardware
-    from o2cap.trainer import Evaluator, check_parts, load_configured, load_model
+    from o2cap.run import load_model
 
     config, model = load_model(run)
     config = replace(
@@ -277,7 +279,7 @@ def report(run: tyro.conf.Positional[Path], device: str = "auto") -> None:
         run: Run directory.
         device: auto, cpu, cuda, mps.
     """
-    from o2cap.report import report as write_report
+    from o2cap_book.report import report as write_report
 
     print(write_report(run, device=device))
 
@@ -300,7 +302,7 @@ def sheet(
 
     from o2cap.data import load_dataset
     from o2cap.files import replacing
-    from o2cap.visualization import contact_sheet
+    from o2cap_book.figures import contact_sheet
 
     _check_suffix(output, ".png")
     images = load_dataset(name, root).splits()[split]
@@ -329,7 +331,7 @@ def verify(
         list: Also write all problems, not the first ten, into this CSV file: path (of a
             picture that cannot be read), problem.
     """
-    from o2cap.data.benchmarks import verify_dataset
+    from o2cap.data.readers import verify_dataset
     from o2cap.files import replacing
 
     if list is not None:
@@ -427,7 +429,7 @@ def reproduce(
         profile: A Snakemake profile, such as reproduce/profiles/slurm.
         grid: Another grid than reproduce/grid.yaml.
     """
-    from o2cap import reproduce as batch
+    from o2cap_book import batch
 
     usual = "check" if check else "paper" if dataset else "ablation"
     target, grid = target or usual, grid or batch.GRID

@@ -1,13 +1,24 @@
 """Retrieval metrics (CMC, mAP, mINP) and the quality of pseudo labels."""
 
+from __future__ import annotations
+
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numba
 import numpy as np
 from torch import Tensor
 
+from o2cap import distributed
+from o2cap.backbone import ReIDModel
+from o2cap.config import Config
+from o2cap.data.images import ImageSet, ReIDDataset
+from o2cap.data.loading import decode
+from o2cap.device import Hardware
 from o2cap.errors import InputError
+from o2cap.features import extract_all
 
 logger = logging.getLogger(__name__)
 
@@ -235,3 +246,104 @@ def _count(values, bar):  # type: ignore[no-untyped-def]
     for i in range(len(values)):
         count += np.float32(1) if values[i] >= bar else np.float32(0)
     return int(count)
+
+
+class Evaluator:
+    """Query and gallery of a data set, decoded once.
+
+    Parameters
+    ----------
+    config : Config
+        Input size and reading options.
+    dataset : ReIDDataset
+        Its query and gallery; with neither, there is nothing to evaluate.
+    hardware : Hardware
+        Where features are extracted.
+
+    Raises
+    ------
+    InputError
+        At the first unreadable pictures, unless they are to be skipped.
+    """
+
+    def __init__(
+        self, config: Config, dataset: ReIDDataset, hardware: Hardware
+    ) -> None:
+        self.config, self.hardware = config, hardware
+        self.decoded = [
+            decode(
+                part,
+                config.height,
+                config.width,
+                workers=config.workers,
+                skip_unreadable=config.skip_unreadable,
+            )
+            for part in (dataset.query, dataset.gallery)
+            if len(part)
+        ]
+
+    def __call__(self, model: ReIDModel) -> RetrievalMetrics | None:
+        """Return the retrieval metrics of `model`, None without query and gallery."""
+        if not self.decoded:
+            return None
+        (query_pixels, query), (gallery_pixels, gallery) = self.decoded
+        features = [
+            extract_all(model, pixels, self.config, self.hardware)
+            for pixels in (query_pixels, gallery_pixels)
+        ]
+        assert query.pids is not None and gallery.pids is not None  # see check_parts
+        return distributed.on_first(
+            evaluate_retrieval,
+            features[0],
+            features[1],
+            query.pids,
+            gallery.pids,
+            query.camids,
+            gallery.camids,
+        )
+
+    def record(self, model: ReIDModel) -> dict[str, Any]:
+        """Return the metrics as a record's entries; none without query and gallery."""
+        found = self(model)
+        if found is None:
+            return {}
+        # Beyond the end of a gallery of fewer pictures nothing more is found.
+        most = len(found.cmc)
+        rank = {f"rank{k}": float(found.cmc[min(k, most) - 1]) for k in (1, 5, 10)}
+        return {"mAP": found.mAP, **rank, "mINP": found.mINP}
+
+
+def check_parts(dataset: ReIDDataset) -> None:
+    """Refuse a data set that cannot be trained on or evaluated with.
+
+    Raises
+    ------
+    InputError
+        For no training pictures; a gallery without queries, or the reverse; or
+        pictures there of which no identity is known, or none that can be found.
+    """
+    if len(dataset.train) == 0:
+        raise InputError(f"The data set {dataset.name} has no training pictures.")
+    for has, lacks in (("gallery", "query"), ("query", "gallery")):
+        if len(getattr(dataset, has)) and not len(getattr(dataset, lacks)):
+            raise InputError(
+                f"The data set {dataset.name} has a {has} but no {lacks}; evaluation "
+                "needs both (training alone needs neither)."
+            )
+    if not len(dataset.query):
+        return
+    cameras: dict[int, set[int]] = {}
+    for pid, camid in _identified(dataset.gallery):
+        cameras.setdefault(pid, set()).add(camid)
+    if not any(cameras.get(p, set()) - {c} for p, c in _identified(dataset.query)):
+        raise InputError(
+            f"The data set {dataset.name} cannot be evaluated with: no query has a "
+            "picture of its identity, from another camera, in the gallery."
+        )
+
+
+def _identified(images: ImageSet) -> Iterator[tuple[int, int]]:
+    if images.pids is None:
+        return iter(())
+    pairs = zip(images.pids.tolist(), images.camids.tolist(), strict=True)
+    return ((pid, camid) for pid, camid in pairs if pid >= 0)

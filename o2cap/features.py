@@ -9,9 +9,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from o2cap import distributed
 from o2cap.backbone import ReIDModel
+from o2cap.config import Config
 from o2cap.data.images import ImageSet
-from o2cap.data.loading import decode, normalise
+from o2cap.data.loading import decode
+from o2cap.data.transforms import normalise
+from o2cap.device import Hardware
+from o2cap.errors import TrainingError
 
 
 def autocast(
@@ -81,3 +86,40 @@ def extract(
     finally:
         model.train(was_training)
     return features
+
+
+def extract_all(
+    model: ReIDModel,
+    pixels: Tensor,
+    config: Config,
+    hardware: Hardware,
+    *,
+    progress: bool = False,
+) -> Tensor:
+    """Return the features of all pictures, each process extracting its share.
+
+    Raises
+    ------
+    TrainingError
+        When some are not finite.
+    """
+    n = len(pixels)
+    # fp16 ends at 65504, which a network trained in bf16 may exceed. All processes have
+    # all features, so they agree on whether it did.
+    for precision in dict.fromkeys((hardware.extraction, "off")):
+        features = extract(
+            model,
+            pixels[distributed.share(n)],
+            height=config.height,
+            width=config.width,
+            device=hardware.device,
+            precision=precision,
+            progress=progress,
+        )
+        features = distributed.gather(features, n)
+        if features.sum().isfinite():  # no temporary of the size of the features
+            return features
+    raise TrainingError(
+        "The network's features are not finite: its weights are too large. Train again "
+        "with a lower --optim.lr, or with --precision off."
+    )

@@ -21,11 +21,14 @@ from torch import Tensor
 
 from o2cap.data.images import ImageSet, list_pictures
 from o2cap.data.loading import decode
+from o2cap.device import Hardware
 from o2cap.errors import InputError
+from o2cap.features import extract_all
 from o2cap.files import replacing, usable
 from o2cap.neighbours import nearest_neighbours
-from o2cap.trainer import Hardware, extract_all, find_clusters, load_model
-from o2cap.visualization import Figure, contact_sheet, ranked_lists
+from o2cap.run import load_model
+from o2cap.trainer import find_clusters
+from o2cap_book.figures import Figure, contact_sheet, ranked_lists
 
 # 0002_c1s1_000451_03.jpg, as in Market-1501, DukeMTMC-reID and VeRi-776
 _NAME = re.compile(r"(-1|\d{1,9})_c(\d{1,9})", re.ASCII)
@@ -258,7 +261,7 @@ class Ranking:
         return matches
 
     def figure(self) -> Figure:
-        """Draw the ranked list; see :func:`o2cap.visualization.ranked_lists`."""
+        """Draw the ranked list; see :func:`o2cap_book.figures.ranked_lists`."""
         return ranked_lists(
             self.query,
             self.found,

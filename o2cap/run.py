@@ -30,13 +30,13 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 from o2cap import distributed
-from o2cap.backbone import ReIDModel
+from o2cap.backbone import ReIDModel, build_model, read_state_dict
 from o2cap.config import NO_INFLUENCE, Config, load
 from o2cap.data.images import ReIDDataset
+from o2cap.device import Hardware
 from o2cap.distributed import first_only
 from o2cap.errors import InputError
 from o2cap.files import read_json, replacing, usable
-from o2cap.hardware import Hardware
 
 logger = logging.getLogger("o2cap")
 
@@ -505,3 +505,49 @@ def describe_environment(
         "counts": dataset.counts(),
         "fingerprint": dataset.fingerprint(),
     }
+
+
+def load_model(
+    directory: Path, weights: str = "model.safetensors"
+) -> tuple[Config, ReIDModel]:
+    """Return the settings of a run and its model, on the CPU, in evaluation mode.
+
+    Parameters
+    ----------
+    directory : Path
+        The run directory.
+    weights : str
+        ``model.safetensors``, trained, or ``start.safetensors``, before training.
+
+    Raises
+    ------
+    InputError
+        When the directory holds no finished run, or its weights do not fit.
+    """
+    path = directory / weights
+    with usable(directory):
+        is_run, is_finished = (directory / "config.yaml").is_file(), path.is_file()
+    if not is_run:
+        raise InputError(f"{directory} is no run directory (it has no config.yaml).")
+    config = load(directory / "config.yaml")
+    if not is_finished:
+        raise InputError(
+            f"The run in {directory} is not finished (it has no {weights}); "
+            "the same o2cap train command resumes it."
+        )
+    model = build_model(
+        config.backbone,
+        "none",
+        height=config.height,
+        width=config.width,
+        pooling=config.model.pooling,
+        last_stride=config.model.last_stride,
+    )
+    try:
+        model.load_state_dict(read_state_dict(path))
+    except RuntimeError as error:
+        raise InputError(
+            f"{path} does not fit the backbone {config.backbone} of config.yaml; "
+            "both must come from one run."
+        ) from error
+    return config, model.to(memory_format=torch.channels_last).eval()

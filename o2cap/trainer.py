@@ -6,7 +6,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +16,21 @@ from torch.amp import GradScaler
 from tqdm import tqdm
 
 from o2cap import distributed, losses
-from o2cap.backbone import ReIDModel, build_model, read_state_dict
+from o2cap.backbone import ReIDModel, build_model
 from o2cap.clustering import dbscan, jaccard_distance
-from o2cap.config import Config, SyntheticConfig, load
-from o2cap.data import load_dataset
-from o2cap.data.images import ImageSet, ReIDDataset
-from o2cap.data.loading import (
-    augment,
-    decode,
-    instance_batches,
-    proxy_batches,
-)
+from o2cap.config import Config
+from o2cap.data import load_configured
+from o2cap.data.images import ReIDDataset
+from o2cap.data.loading import decode
+from o2cap.data.samplers import instance_batches, proxy_batches
+from o2cap.data.transforms import augment
+from o2cap.device import Hardware
 from o2cap.errors import InputError, TrainingError
-from o2cap.evaluation import RetrievalMetrics, clustering_quality, evaluate_retrieval
-from o2cap.features import autocast, extract
-from o2cap.files import usable
-from o2cap.hardware import Hardware
+from o2cap.evaluation import Evaluator, check_parts, clustering_quality
+from o2cap.features import autocast, extract, extract_all
 from o2cap.neighbours import nearest_neighbours
 from o2cap.proxies import CameraProxies, ProxyMemory, split_by_camera
-from o2cap.run import Metrics, RunDirectory, RunResult
+from o2cap.run import Metrics, RunDirectory, RunResult, load_model
 
 logger = logging.getLogger("o2cap")
 
@@ -238,43 +233,6 @@ def _train(
 
 
 # ------------------------------------------------------------------ what one epoch does
-
-
-def extract_all(
-    model: ReIDModel,
-    pixels: Tensor,
-    config: Config,
-    hardware: Hardware,
-    *,
-    progress: bool = False,
-) -> Tensor:
-    """Return the features of all pictures, each process extracting its share.
-
-    Raises
-    ------
-    TrainingError
-        When some are not finite.
-    """
-    n = len(pixels)
-    # fp16 ends at 65504, which a network trained in bf16 may exceed. All processes have
-    # all features, so they agree on whether it did.
-    for precision in dict.fromkeys((hardware.extraction, "off")):
-        features = extract(
-            model,
-            pixels[distributed.share(n)],
-            height=config.height,
-            width=config.width,
-            device=hardware.device,
-            precision=precision,
-            progress=progress,
-        )
-        features = distributed.gather(features, n)
-        if features.sum().isfinite():  # no temporary of the size of the features
-            return features
-    raise TrainingError(
-        "The network's features are not finite: its weights are too large. Train again "
-        "with a lower --optim.lr, or with --precision off."
-    )
 
 
 def find_clusters(features: Tensor, config: Config) -> Tensor:
@@ -681,140 +639,6 @@ def describe_clusters(clusters: Tensor, camids: Tensor, pids: Tensor | None) -> 
     return found
 
 
-class Evaluator:
-    """Query and gallery of a data set, decoded once.
-
-    Parameters
-    ----------
-    config : Config
-        Input size and reading options.
-    dataset : ReIDDataset
-        Its query and gallery; with neither, there is nothing to evaluate.
-    hardware : Hardware
-        Where features are extracted.
-
-    Raises
-    ------
-    InputError
-        At the first unreadable pictures, unless they are to be skipped.
-    """
-
-    def __init__(
-        self, config: Config, dataset: ReIDDataset, hardware: Hardware
-    ) -> None:
-        self.config, self.hardware = config, hardware
-        self.decoded = [
-            decode(
-                part,
-                config.height,
-                config.width,
-                workers=config.workers,
-                skip_unreadable=config.skip_unreadable,
-            )
-            for part in (dataset.query, dataset.gallery)
-            if len(part)
-        ]
-
-    def __call__(self, model: ReIDModel) -> RetrievalMetrics | None:
-        """Return the retrieval metrics of `model`, None without query and gallery."""
-        if not self.decoded:
-            return None
-        (query_pixels, query), (gallery_pixels, gallery) = self.decoded
-        features = [
-            extract_all(model, pixels, self.config, self.hardware)
-            for pixels in (query_pixels, gallery_pixels)
-        ]
-        assert query.pids is not None and gallery.pids is not None  # see check_parts
-        return distributed.on_first(
-            evaluate_retrieval,
-            features[0],
-            features[1],
-            query.pids,
-            gallery.pids,
-            query.camids,
-            gallery.camids,
-        )
-
-    def record(self, model: ReIDModel) -> Metrics:
-        """Return the metrics as a record's entries; none without query and gallery."""
-        found = self(model)
-        if found is None:
-            return {}
-        # Beyond the end of a gallery of fewer pictures nothing more is found.
-        most = len(found.cmc)
-        rank = {f"rank{k}": float(found.cmc[min(k, most) - 1]) for k in (1, 5, 10)}
-        return {"mAP": found.mAP, **rank, "mINP": found.mINP}
-
-
-def load_model(
-    directory: Path, weights: str = "model.safetensors"
-) -> tuple[Config, ReIDModel]:
-    """Return the settings of a run and its model, on the CPU, in evaluation mode.
-
-    Parameters
-    ----------
-    directory : Path
-        The run directory.
-    weights : str
-        ``model.safetensors``, trained, or ``start.safetensors``, before training.
-
-    Raises
-    ------
-    InputError
-        When the directory holds no finished run, or its weights do not fit.
-    """
-    path = directory / weights
-    with usable(directory):
-        is_run, is_finished = (directory / "config.yaml").is_file(), path.is_file()
-    if not is_run:
-        raise InputError(f"{directory} is no run directory (it has no config.yaml).")
-    config = load(directory / "config.yaml")
-    if not is_finished:
-        raise InputError(
-            f"The run in {directory} is not finished (it has no {weights}); "
-            "the same o2cap train command resumes it."
-        )
-    model = build_model(
-        config.backbone,
-        "none",
-        height=config.height,
-        width=config.width,
-        pooling=config.model.pooling,
-        last_stride=config.model.last_stride,
-    )
-    try:
-        model.load_state_dict(read_state_dict(path))
-    except RuntimeError as error:
-        raise InputError(
-            f"{path} does not fit the backbone {config.backbone} of config.yaml; "
-            "both must come from one run."
-        ) from error
-    return config, model.to(memory_format=torch.channels_last).eval()
-
-
-def load_configured(config: Config) -> ReIDDataset:
-    """Return the data set that the settings name, the embedded one rendered."""
-    if not config.dataset.startswith("synthetic"):
-        return load_dataset(
-            config.dataset,
-            config.root,
-            strict=config.strict,
-            skip_missing=config.skip_unreadable,
-        )
-    options = asdict(config.synthetic)
-    if options["seed"] is None:
-        options["seed"] = config.seed
-    if options["kind"] == SyntheticConfig().kind:  # which nobody need have said
-        del options["kind"]
-    return load_dataset(
-        config.dataset,
-        config.root,
-        **options,
-        height=config.height,
-        width=config.width,
-    )
-
-
 def check_labels(labels: Tensor | None) -> Tensor | None:
     """Return pseudo labels as int64 on the CPU.
 
@@ -835,35 +659,6 @@ def check_labels(labels: Tensor | None) -> Tensor | None:
     return labels.to("cpu", torch.int64)
 
 
-def check_parts(dataset: ReIDDataset) -> None:
-    """Refuse a data set that cannot be trained on or evaluated with.
-
-    Raises
-    ------
-    InputError
-        For no training pictures; a gallery without queries, or the reverse; or
-        pictures there of which no identity is known, or none that can be found.
-    """
-    if len(dataset.train) == 0:
-        raise InputError(f"The data set {dataset.name} has no training pictures.")
-    for has, lacks in (("gallery", "query"), ("query", "gallery")):
-        if len(getattr(dataset, has)) and not len(getattr(dataset, lacks)):
-            raise InputError(
-                f"The data set {dataset.name} has a {has} but no {lacks}; evaluation "
-                "needs both (training alone needs neither)."
-            )
-    if not len(dataset.query):
-        return
-    cameras: dict[int, set[int]] = {}
-    for pid, camid in _identified(dataset.gallery):
-        cameras.setdefault(pid, set()).add(camid)
-    if not any(cameras.get(p, set()) - {c} for p, c in _identified(dataset.query)):
-        raise InputError(
-            f"The data set {dataset.name} cannot be evaluated with: no query has a "
-            "picture of its identity, from another camera, in the gallery."
-        )
-
-
 def check_batches(config: Config) -> None:
     """Refuse batches of which several processes would get unequal shares.
 
@@ -878,13 +673,6 @@ def check_batches(config: Config) -> None:
     )
     if warm_start_runs(config):
         distributed.check_batch(2 * warm.images, "twice --warm-start.images")
-
-
-def _identified(images: ImageSet) -> Iterator[tuple[int, int]]:
-    if images.pids is None:
-        return iter(())
-    pairs = zip(images.pids.tolist(), images.camids.tolist(), strict=True)
-    return ((pid, camid) for pid, camid in pairs if pid >= 0)
 
 
 # ----------------------------------------------------------------------------- messages

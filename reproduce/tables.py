@@ -11,7 +11,7 @@ from pathlib import Path
 import tyro
 
 from o2cap.errors import InputError
-from o2cap.records import write_tables
+from o2cap_book.records import write_tables
 
 
 def main(

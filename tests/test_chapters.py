@@ -13,6 +13,7 @@ import nbformat
 import pytest
 
 import o2cap
+import o2cap_book
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
@@ -33,9 +34,13 @@ def markdown(path: Path) -> str:
 
 
 def public_objects() -> dict[str, Any]:
-    """Functions and classes of the package, by their full names."""
+    """Functions and classes of both packages, by their full names."""
     found = {}
-    for module in pkgutil.walk_packages(o2cap.__path__, "o2cap."):
+    modules = [
+        *pkgutil.walk_packages(o2cap.__path__, "o2cap."),
+        *pkgutil.walk_packages(o2cap_book.__path__, "o2cap_book."),
+    ]
+    for module in modules:
         if module.name.endswith("__main__"):
             continue
         loaded = importlib.import_module(module.name)

@@ -535,7 +535,7 @@ def test_report_is_the_python_call(
         asked.append((run, device))
         return run / "report.html"
 
-    monkeypatch.setattr("o2cap.report.report", report)
+    monkeypatch.setattr("o2cap_book.report.report", report)
     code, out, _ = o2cap_("report", run, "--device", "cpu")
     assert (code, out) == (0, f"{run / 'report.html'}\n")
     assert asked == [(run, "cpu")]
@@ -607,7 +607,7 @@ def test_a_check_does_not_take_what_it_would_ignore(
     o2cap_: Command,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("o2cap.reproduce.check", None)  # nothing runs
+    monkeypatch.setattr("o2cap_book.batch.check", None)  # nothing runs
     code, out, err = o2cap_("reproduce", "--check", *given)
     assert (code, out) == (2, "") and named in one_sentence(err)
 
@@ -639,7 +639,7 @@ def test_a_fault_of_the_system_is_one_sentence(
         def fail(*_: Any, error: OSError = error, **__: Any) -> None:
             raise error
 
-        monkeypatch.setattr("o2cap.report.report", fail)
+        monkeypatch.setattr("o2cap_book.report.report", fail)
         code, out, err = o2cap_("report", run)
         assert (code, out) == (2, "") and said in one_sentence(err)
 
@@ -650,9 +650,9 @@ def test_only_what_goes_on_says_so(
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("o2cap.report.report", interrupt)
-    monkeypatch.setattr("o2cap.reproduce.check", interrupt)
-    monkeypatch.setattr("o2cap.reproduce.reproduce", interrupt)
+    monkeypatch.setattr("o2cap_book.report.report", interrupt)
+    monkeypatch.setattr("o2cap_book.batch.check", interrupt)
+    monkeypatch.setattr("o2cap_book.batch.reproduce", interrupt)
     again = "o2cap: interrupted; the same command goes on.\n"
     for words, said in (
         (("report", run), "o2cap: interrupted.\n"),

@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from o2cap.data import load_dataset
-from o2cap.data.benchmarks import PUBLISHED
 from o2cap.data.images import ImageSet
+from o2cap.data.readers import PUBLISHED
 from o2cap.errors import InputError
 
 SCRIPTS = Path(__file__).parents[1] / "data_scripts"

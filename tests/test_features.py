@@ -11,7 +11,8 @@ from torch import Tensor
 
 from o2cap.backbone import ReIDModel, build_model
 from o2cap.data.images import ImageSet
-from o2cap.data.loading import decode, normalise
+from o2cap.data.loading import decode
+from o2cap.data.transforms import normalise
 from o2cap.features import autocast, extract
 
 SIZE = {"height": 32, "width": 16}

@@ -29,7 +29,8 @@ from o2cap.inference import (
     load_embedding,
     search,
 )
-from o2cap.trainer import find_clusters, load_model, train
+from o2cap.run import load_model
+from o2cap.trainer import find_clusters, train
 
 TINY = tiny.config(
     Path("run"),

@@ -322,12 +322,12 @@ def test_records_hold_what_readers_of_them_rely_on() -> None:
 def test_the_package_imports_only_what_it_declares() -> None:
     known = importlib.metadata.packages_distributions()
     declared = {Requirement(d).name.lower() for d in PROJECT["dependencies"]}
-    for path in (ROOT / "o2cap").rglob("*.py"):
+    for path in [*(ROOT / "o2cap").rglob("*.py"), *(ROOT / "o2cap_book").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.module:
                 names = [node.module]
-            for top in {name.split(".")[0] for name in names} - {"o2cap"}:
+            for top in {name.split(".")[0] for name in names} - {"o2cap", "o2cap_book"}:
                 if top not in sys.stdlib_module_names:
                     made_by = {d.lower() for d in known[top]}
                     assert made_by & declared, f"{path.name} imports {top}"

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from o2cap.errors import InputError
-from o2cap.records import (
+from o2cap_book.records import (
     BEFORE,
     PUBLISHED,
     Record,

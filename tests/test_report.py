@@ -19,12 +19,12 @@ import pytest
 import tiny
 from PIL import Image
 
-from o2cap import report as module
-from o2cap import visualization
 from o2cap.config import ClusteringConfig
 from o2cap.errors import InputError
-from o2cap.report import report
 from o2cap.trainer import train
+from o2cap_book import figures as visualization
+from o2cap_book import report as module
+from o2cap_book.report import report
 
 TINY = tiny.config(
     Path("run"),

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from o2cap.config import preset
-from o2cap.data import load_dataset, synthetic
+from o2cap.data import load_configured, load_dataset, synthetic
 from o2cap.data.images import ImageSet, ReIDDataset
 from o2cap.data.synthetic import (
     SyntheticConfig,
@@ -22,7 +22,6 @@ from o2cap.data.synthetic import (
     render_image,
 )
 from o2cap.errors import InputError
-from o2cap.trainer import load_configured
 
 SMALL = SyntheticConfig(identities=10, test_identities=8, cameras=4, presence=0.7)
 

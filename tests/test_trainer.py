@@ -28,7 +28,8 @@ from o2cap import trainer
 from o2cap.config import BatchConfig, LossConfig, ModelConfig, WarmStartConfig
 from o2cap.data.images import ImageSet, ReIDDataset
 from o2cap.errors import InputError, TrainingError
-from o2cap.trainer import load_model, train
+from o2cap.run import load_model
+from o2cap.trainer import train
 
 
 @pytest.fixture(scope="session")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from o2cap.config import SyntheticConfig
-from o2cap.data.benchmarks import READERS, read_dataset
+from o2cap.config import Config, SyntheticConfig
 from o2cap.data.images import ImageSet, ReIDDataset
+from o2cap.data.readers import READERS, read_dataset
 from o2cap.errors import InputError, unknown
 
-__all__ = ["ImageSet", "ReIDDataset", "load_dataset"]
+__all__ = ["ImageSet", "ReIDDataset", "load_configured", "load_dataset"]
 
 logger = logging.getLogger("o2cap")
 
@@ -105,3 +105,26 @@ def _render(name: str, root: Path | None, options: dict[str, Any]) -> ReIDDatase
             f"use --dataset {right}."
         )
     return render_dataset(config, **(size | how))
+
+
+def load_configured(config: Config) -> ReIDDataset:
+    """Return the data set that the settings name, the embedded one rendered."""
+    if not config.dataset.startswith("synthetic"):
+        return load_dataset(
+            config.dataset,
+            config.root,
+            strict=config.strict,
+            skip_missing=config.skip_unreadable,
+        )
+    options = asdict(config.synthetic)
+    if options["seed"] is None:
+        options["seed"] = config.seed
+    if options["kind"] == SyntheticConfig().kind:  # which nobody need have said
+        del options["kind"]
+    return load_dataset(
+        config.dataset,
+        config.root,
+        **options,
+        height=config.height,
+        width=config.width,
+    )

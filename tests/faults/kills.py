@@ -40,7 +40,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # no threads yet: children are fo
 
 import nbformat
 import unpacking
-from test_reproduce import TINY, kill_tree
+from test_batch import TINY, kill_tree
 from test_trainer import outcome
 
 from o2cap import cli, features, files, trainer

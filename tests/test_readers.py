@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from o2cap.data import benchmarks, load_dataset
-from o2cap.data.benchmarks import PUBLISHED, Count, verify_dataset
+from o2cap.data import load_dataset
+from o2cap.data import readers as benchmarks
 from o2cap.data.images import ImageSet
+from o2cap.data.readers import PUBLISHED, Count, verify_dataset
 from o2cap.errors import InputError
 
 

@@ -25,7 +25,7 @@ from scipy.special import stdtrit
 from o2cap.config import preset
 from o2cap.errors import InputError
 from o2cap.files import replacing
-from o2cap.visualization import GREY, MARKERS, PALETTE, STYLE, Figure
+from o2cap_book.figures import GREY, MARKERS, PALETTE, STYLE, Figure
 
 Row = Mapping[str, Any]
 Seeds = tuple[int, int]  # of the data, of the training

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from o2cap.config import PRESETS, Config, load
+from o2cap.data import load_configured
 from o2cap.data.images import ImageSet, ReIDDataset
 from o2cap.data.loading import decode
 from o2cap.errors import InputError
 from o2cap.evaluation import evaluate_retrieval
 from o2cap.files import replacing, usable
 from o2cap.inference import UNREADABLE, embed
-from o2cap.trainer import load_configured
-from o2cap.visualization import (
+from o2cap_book.figures import (
     Figure,
     camera_spread,
     cluster_flow,

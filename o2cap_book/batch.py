@@ -28,7 +28,7 @@ import yaml
 from o2cap.config import PRESETS, Config, preset
 from o2cap.errors import InputError, TrainingError, unknown
 from o2cap.files import read_json, replacing
-from o2cap.records import write_tables
+from o2cap_book.records import write_tables
 
 if TYPE_CHECKING:  # torch only where a job runs
     from o2cap.run import RunResult

@@ -14,8 +14,8 @@ from matplotlib.colors import to_hex
 from PIL import Image
 from torch import Tensor
 
-from o2cap import visualization as viz
 from o2cap.data.images import ImageSet
+from o2cap_book import figures as viz
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

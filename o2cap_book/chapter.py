@@ -13,10 +13,12 @@ import matplotlib as mpl
 import matplotlib_inline.backend_inline
 
 from o2cap.config import PRESETS, Config, Method, WarmStartConfig, preset
+from o2cap.data import load_configured
 from o2cap.data.images import ReIDDataset
 from o2cap.errors import InputError, unknown
-from o2cap.trainer import RunResult, load_configured, train
-from o2cap.visualization import STYLE
+from o2cap.run import RunResult
+from o2cap.trainer import train
+from o2cap_book.figures import STYLE
 
 Profile = Literal["smoke", "cpu", "gpu"]
 

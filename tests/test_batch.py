@@ -19,12 +19,12 @@ import tiny
 import torch
 import yaml
 
-from o2cap import reproduce as batch
 from o2cap.config import WarmStartConfig, preset
 from o2cap.errors import InputError, TrainingError
-from o2cap.records import default_value
-from o2cap.reproduce import GRID, RECORDS, Job, compare, configure, read_grid
 from o2cap.trainer import train
+from o2cap_book import batch
+from o2cap_book.batch import GRID, RECORDS, Job, compare, configure, read_grid
+from o2cap_book.records import default_value
 
 EMBEDDED = ("ablation", "vehicles", "studies")
 KEY = ("dataset", "method", "seed", "data_seed", "study", "value")
