@@ -193,7 +193,7 @@ def build_model(
         pool: nn.Module = GeM() if pooling == "gem" else AveragePool()
     elif pooling == "gem":
         raise InputError(
-            f"The backbone {backbone} pools by itself; leave --model.pooling at avg."
+            f"The backbone {backbone} pools by itself; leave --pooling at avg."
         )
     else:
         pool = nn.Identity()

@@ -43,16 +43,6 @@ def _check_choices(settings: Any, prefix: str = "--") -> None:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """What stands on the backbone."""
-
-    pooling: Literal["avg", "gem"] = "avg"
-    """Pooling over the last feature map, average or generalised mean (GeM)."""
-    last_stride: Literal[1, 2] = 1
-    """Stride of a ResNet's last stage; 1 keeps a larger last map."""
-
-
-@dataclass(frozen=True)
 class AugmentConfig:
     """Random changes to a training picture."""
 
@@ -110,16 +100,28 @@ class BatchConfig:
 class ClusteringConfig:
     """k-reciprocal Jaccard distance and DBSCAN."""
 
+    distance: Literal["jaccard", "camera_aware"] = "jaccard"
+    """Jaccard distance over all cameras' neighbours, or CA-Jaccard (CVPR 2024)."""
     k1: int = 20
     """Neighbours of the k-reciprocal sets."""
     k2: int = 6
     """Neighbours averaged in the local query expansion."""
+    k1_intra: int = 5
+    """camera_aware: neighbours of a picture's own camera."""
+    k1_inter: int = 20
+    """camera_aware: neighbours in the other cameras."""
+    k2_intra: int = 2
+    """camera_aware: neighbours of the own camera averaged in the query expansion."""
+    k2_inter: int = 4
+    """camera_aware: neighbours in the other cameras averaged there."""
     eps: float = 0.5
     """Largest distance of two neighbours in DBSCAN."""
     min_samples: int = 4
     """Neighbours (the picture included) that make a core picture."""
-    search: Literal["torch", "faiss"] = "torch"
-    """What finds the neighbours; both are exact."""
+    standardise: bool = False
+    """Cluster features standardised by camera (train on them as they are)."""
+    drop_single_camera: bool = False
+    """Make clusters that one camera alone saw outliers."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,10 @@ class LossConfig:
     """Weight of the picture, against its proxy, when online positives are picked."""
     reduction: Reduction = "camera_sum"
     """Sum over cameras of each camera's mean (the public code's), or plain mean."""
+    camera_entropy: bool = False
+    """Weight a picture by 2 to the entropy of its cluster's cameras."""
+    spare_online_positives: bool = False
+    """Offline association does not push away what online association pulls."""
 
 
 @dataclass(frozen=True)
@@ -205,6 +211,8 @@ class Config:
     weights: str = "torchvision"
     """torchvision (its own, downloaded), none (then with a warm start), or a file: of
     the backbone, or of another run (its model.safetensors or start.safetensors)."""
+    pooling: Literal["avg", "gem"] = "avg"
+    """Pooling over the last feature map, average or generalised mean (GeM)."""
     height: int = 256
     """Height of the network's input, in pixels."""
     width: int = 128
@@ -226,7 +234,6 @@ class Config:
     """Leave unreadable pictures out, with a warning, instead of stopping."""
     strict: bool = False
     """Stop when a benchmark's counts differ from the published ones."""
-    model: ModelConfig = field(default_factory=ModelConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -253,6 +260,10 @@ class Config:
             "batch.images": (self.batch.images, 1),
             "clustering.k1": (self.clustering.k1, 1),
             "clustering.k2": (self.clustering.k2, 1),
+            "clustering.k1-intra": (self.clustering.k1_intra, 1),
+            "clustering.k1-inter": (self.clustering.k1_inter, 1),
+            "clustering.k2-intra": (self.clustering.k2_intra, 1),
+            "clustering.k2-inter": (self.clustering.k2_inter, 1),
             "clustering.min-samples": (self.clustering.min_samples, 1),
             "loss.negatives": (self.loss.negatives, 0),
             "loss.positives": (self.loss.positives, 1),
@@ -327,7 +338,15 @@ class Config:
 
 # What a resumed run may change: where and how fast it goes, not what it computes
 # (another device or number of threads rounds differently, no more).
-NO_INFLUENCE = ("preset", "output", "device", "workers", "threads", "evaluate_every")
+NO_INFLUENCE = (
+    "preset",
+    "root",
+    "output",
+    "device",
+    "workers",
+    "threads",
+    "evaluate_every",
+)
 
 _EMBEDDED = Config(
     preset="synthetic",

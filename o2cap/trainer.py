@@ -116,8 +116,7 @@ def _train(
         config.weights,
         height=config.height,
         width=config.width,
-        pooling=config.model.pooling,
-        last_stride=config.model.last_stride,
+        pooling=config.pooling,
     ).to(hardware.device)
     model = model.to(memory_format=torch.channels_last)
     network = distributed.parallel(model, hardware.device)
@@ -242,10 +241,9 @@ def find_clusters(features: Tensor, config: Config) -> Tensor:
     """
     settings, n = config.clustering, len(features)
     similarity, index = nearest_neighbours(
-        features.cpu() if settings.search == "faiss" else features,  # where faiss works
+        features,
         min(settings.k1, n),
         rows=distributed.share(n),
-        backend=settings.search,
     )
     similarity, index = similarity.to(features.device), index.to(features.device)
     neighbours = distributed.gather(similarity, n), distributed.gather(index, n)

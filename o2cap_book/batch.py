@@ -314,7 +314,7 @@ def _shares(job: Job, both: Job) -> bool:
     made = mine.weights == "none" and mine.warm_start.epochs > 0
     same = all(
         getattr(mine, name) == getattr(other, name)
-        for name in ("backbone", "weights", "model")
+        for name in ("backbone", "weights", "pooling")
     )
     return made and same and job.name != both.name
 

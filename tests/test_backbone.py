@@ -252,7 +252,7 @@ def test_gem_works_on_the_plain_resnet50() -> None:
 
 
 def test_gem_needs_a_feature_map() -> None:
-    with pytest.raises(InputError, match=r"shufflenet.*--model\.pooling"):
+    with pytest.raises(InputError, match=r"shufflenet.*--pooling"):
         build_model("shufflenet_v2_x0_5", "none", height=64, width=32, pooling="gem")
 
 

@@ -55,7 +55,7 @@ def test_the_paper_grid_has_every_method_of_the_paper() -> None:
     jobs = jobs_of("paper")
     by_method = {job.method: job.config for job in jobs if job.key["seed"] == 0}
     assert by_method["both+ibn+gem"].backbone == "resnet50_ibn_a"
-    assert by_method["both+ibn+gem"].model.pooling == "gem"
+    assert by_method["both+ibn+gem"].pooling == "gem"
     assert by_method["both"] == preset("market1501")
     assert all(job.start is None for job in jobs)  # ImageNet weights: no warm start
     assert {job.key["data_seed"] for job in jobs} == {None}

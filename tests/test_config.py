@@ -20,7 +20,6 @@ from o2cap.config import (
     ClusteringConfig,
     Config,
     LossConfig,
-    ModelConfig,
     OptimConfig,
     WarmStartConfig,
     load,
@@ -59,7 +58,7 @@ def test_the_papers_settings() -> None:
         assert config.dataset == name
         assert config.method == "both"
         assert (config.backbone, config.weights) == ("resnet50", "torchvision")
-        assert config.model == ModelConfig(pooling="avg", last_stride=1)
+        assert config.pooling == "avg"
         assert (config.epochs, config.iterations) == (50, 400)
         assert config.batch == BatchConfig(proxies=8, images=4)
         assert config.optim.lr == 3.5e-4
@@ -193,7 +192,7 @@ def test_an_unknown_option_is_refused_with_the_nearest(
         ["--epochs", "many"],
         ["--method", "none"],
         ["--loss.reduction", "sum"],
-        ["--model.last-stride", "3"],
+        ["--pooling", "max"],
         ["--epochs"],
         ["--deterministic", "perhaps"],
         ["stray"],
@@ -259,10 +258,9 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     # What tyro would refuse, from Python.
     ("--method", {"method": "onlin"}),
     ("--precision", {"precision": "fp32"}),
-    ("--model.pooling", {"model": ModelConfig(pooling="max")}),  # type: ignore[arg-type]
-    ("--model.last-stride", {"model": ModelConfig(last_stride=5)}),  # type: ignore[arg-type]
+    ("--pooling", {"pooling": "max"}),
     ("--loss.reduction", {"loss": LossConfig(reduction="sum")}),  # type: ignore[arg-type]
-    ("--clustering.search", {"clustering": ClusteringConfig(search="flat")}),  # type: ignore[arg-type]
+    ("--clustering.distance", {"clustering": ClusteringConfig(distance="cosine")}),  # type: ignore[arg-type]
 ]
 
 
@@ -383,6 +381,7 @@ def test_hash_ignores_what_cannot_change_a_result() -> None:
     base = preset("smoke")
     same: dict[str, Any] = {
         "preset": "other",
+        "root": Path("moved"),
         "output": Path("elsewhere"),
         "device": "cpu",
         "workers": 3,
@@ -403,7 +402,6 @@ def test_hash_sees_everything_else() -> None:
             {"seed": 1},
             {"method": "online"},
             {"epochs": 5},
-            {"root": Path("a")},
             {"loss": replace(base.loss, balance=0.2)},
             {"clustering": replace(base.clustering, k2=5)},
             {"augment": replace(base.augment, erase=0.4)},

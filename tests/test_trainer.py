@@ -25,7 +25,7 @@ from torch import Tensor
 
 from o2cap import config as settings
 from o2cap import trainer
-from o2cap.config import BatchConfig, LossConfig, ModelConfig, WarmStartConfig
+from o2cap.config import BatchConfig, LossConfig, WarmStartConfig
 from o2cap.data.images import ImageSet, ReIDDataset
 from o2cap.errors import InputError, TrainingError
 from o2cap.run import load_model
@@ -513,7 +513,7 @@ def test_a_run_is_not_mixed_with_one_on_other_pictures(
             {"loss_offline", "loss_online"},
         ),
         (
-            {"model": ModelConfig(pooling="gem"), "precision": "off"},
+            {"pooling": "gem", "precision": "off"},
             {"loss_offline", "loss_online"},
         ),
     ],
@@ -894,34 +894,6 @@ def test_features_beyond_half_precision_are_extracted_again(
 
 
 # ------------------------------------------------------------------------- hardware
-
-
-class OnGPU(Tensor):
-    """Features that must be brought to the CPU first."""
-
-    def cpu(self) -> Tensor:  # type: ignore[override]
-        return self.as_subclass(Tensor)
-
-
-def test_faiss_searches_features_of_a_gpu_on_the_cpu(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    real, kinds = trainer.nearest_neighbours, []
-
-    def nearest_neighbours(features: Tensor, *args: Any, **kwargs: Any) -> Any:
-        kinds.append(type(features))
-        return real(features, *args, **kwargs)
-
-    monkeypatch.setattr(trainer, "nearest_neighbours", nearest_neighbours)
-    features = torch.nn.functional.normalize(torch.randn(40, 8)).as_subclass(OnGPU)
-    found = []
-    for search in ("torch", "faiss"):
-        config = tiny.config(Path("run"))
-        clustering = replace(config.clustering, search=search, eps=0.9)
-        config = replace(config, clustering=clustering)
-        found.append(trainer.find_clusters(features, config))
-    assert kinds == [OnGPU, Tensor]
-    assert torch.equal(*found)
 
 
 def test_a_run_on_the_cpu_leaves_gpus_alone(
