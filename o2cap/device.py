@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch.backends import cudnn
 
 from o2cap import distributed
 from o2cap.config import Config
@@ -41,32 +41,31 @@ class Hardware:
         Raises
         ------
         InputError
-            When the device asked for is not here, or is at work already and cannot
-            be made deterministic any more.
+            When the device asked for is not here.
         """
         name = config.device
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cuda" and distributed.size() > 1:
-            name = f"cuda:{os.environ['LOCAL_RANK']}"  # a GPU for each process
         try:
+            if name == "cuda" and distributed.size() > 1:
+                name = str(distributed.local_gpu())
             device = torch.device(name)
-            if config.deterministic and device.type == "cuda":
-                _ask_for_deterministic_products()
+            if config.deterministic:  # cuBLAS reads it once, at its first product
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(
                 f"--device {config.device} cannot be used here ({reason}); try cpu."
             ) from error
-        if config.precision != "auto":
-            precision: Literal["bf16", "fp16", "off"] = config.precision
-        elif device.type == "cuda":
-            precision = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
-        else:
-            # Without such instructions a CPU emulates bf16, slower than float32.
-            has = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-            precision = "bf16" if device.type == "cpu" and has() else "off"
+        precision = config.precision
+        if precision == "auto":
+            if device.type == "cuda":
+                precision = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+            else:
+                # Without such instructions a CPU emulates bf16, slower than float32.
+                has = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+                precision = "bf16" if device.type == "cpu" and has() else "off"
         # With every core taken, threads that wait for each other collapse beside a
         # busy neighbour (measured on 2 cores: an epoch 60 s instead of 5 s).
         threads = config.threads or torch.get_num_threads()
@@ -87,57 +86,25 @@ class Hardware:
     @contextlib.contextmanager
     def in_force(self, config: Config) -> Iterator[None]:
         """Set torch's global switches for a run, and put them back afterwards."""
-        cudnn = torch.backends.cudnn
-        threads, benchmark = torch.get_num_threads(), cudnn.benchmark
+        threads = torch.get_num_threads()
         strict = torch.are_deterministic_algorithms_enabled()
-        tf32 = torch.get_float32_matmul_precision(), cudnn.allow_tf32
-        # Without devices it would initialise all GPUs, for a run on the CPU too.
-        on_gpu = [self.device] if self.device.type == "cuda" else []
+        matmul = torch.get_float32_matmul_precision()
+        tf32 = self.precision != "off"
+        gpu = [self.device] if self.device.type == "cuda" else []
         try:
             torch.set_num_threads(self.threads)
             torch.use_deterministic_algorithms(config.deterministic)
-            cudnn.benchmark = not config.deterministic
-            cudnn.allow_tf32 = self.precision != "off"
-            if self.device.type == "cuda" and self.precision != "off":
+            if gpu and tf32:
                 torch.set_float32_matmul_precision("high")
-            with torch.random.fork_rng(on_gpu), self._as_current():
+            with contextlib.ExitStack() as stack:
+                switches = {"benchmark": not config.deterministic, "allow_tf32": tf32}
+                stack.enter_context(cudnn.flags(enabled=True, **switches))
+                # Without devices it would initialise all GPUs, for the CPU too.
+                stack.enter_context(torch.random.fork_rng(gpu))
+                if gpu:
+                    stack.enter_context(torch.cuda.device(self.device))
                 yield
         finally:
             torch.set_num_threads(threads)
             torch.use_deterministic_algorithms(strict)
-            cudnn.benchmark = benchmark
-            torch.set_float32_matmul_precision(tf32[0])
-            cudnn.allow_tf32 = tf32[1]
-
-    def _as_current(self) -> contextlib.AbstractContextManager[object]:
-        if self.device.type == "cuda":
-            return torch.cuda.device(self.device)
-        return contextlib.nullcontext()
-
-    def place(self, pixels: Tensor) -> Tensor:
-        """Return decoded pictures where batches are taken from fastest.
-
-        That is the GPU, when they fill no more than a quarter of what is free there.
-        """
-        if self.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.device)
-            if pixels.numel() < free / 4:
-                return pixels.to(self.device)
-        return pixels
-
-    def batch(self, pixels: Tensor, index: Tensor) -> Tensor:
-        """Return the pictures `index` (on the CPU) on the device."""
-        there = index.to(pixels.device, non_blocking=True)
-        return pixels[there].to(self.device, non_blocking=True)
-
-
-def _ask_for_deterministic_products() -> None:
-    """Set what cuBLAS reads once, at its first product."""
-    name = "CUBLAS_WORKSPACE_CONFIG"
-    if name not in os.environ and torch.cuda.is_initialized():
-        raise InputError(
-            f"--deterministic True comes too late: the GPU is at work already. Set the "
-            f"environment variable {name}=:4096:8 before Python starts, or restart the "
-            "kernel."
-        )
-    os.environ.setdefault(name, ":4096:8")
+            torch.set_float32_matmul_precision(matmul)

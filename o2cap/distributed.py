@@ -14,7 +14,6 @@ Without torchrun there is one process, and each function here is what it is for 
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import functools
 import logging
 import os
@@ -34,26 +33,41 @@ logger = logging.getLogger("o2cap")
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_at_work = contextvars.ContextVar("at work for all", default=False)
-
 
 @contextlib.contextmanager
-def joined() -> Iterator[None]:
+def joined(minutes: float = 30) -> Iterator[None]:
     """Join the processes that torchrun (or any launcher like it) started.
 
     GPUs talk by NCCL, CPUs by gloo.
 
+    Parameters
+    ----------
+    minutes : float
+        How long a process waits for one that is cut off. The others wait as long while
+        the first one clusters, so it must be longer than that takes.
+
     Raises
     ------
+    InputError
+        When the environment names some of what torchrun sets, but not all.
     TrainingError
         When another process stops before the end.
     """
-    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    lacking = [name for name in names if name not in os.environ]
+    alone = not {"RANK", "WORLD_SIZE"} & os.environ.keys()
+    if dist.is_initialized() or alone or os.environ.get("WORLD_SIZE") == "1":
         yield
         return
-    # A process that dies is noticed at once. The limit is for one that is cut off, and
-    # must leave the first the time to cluster while the others wait.
-    dist.init_process_group(timeout=timedelta(minutes=30))
+    if lacking:
+        raise InputError(
+            f"The environment has RANK or WORLD_SIZE, but not {', '.join(lacking)}: "
+            "start several processes by torchrun, or unset them all for one."
+        )
+    gpu = local_gpu()
+    if gpu is not None:
+        torch.cuda.set_device(gpu)  # before NCCL takes the first one
+    dist.init_process_group(timeout=timedelta(minutes=minutes), device_id=gpu)
     try:
         yield
     except RuntimeError as error:
@@ -71,6 +85,14 @@ def joined() -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def local_gpu() -> torch.device | None:
+    """Return the GPU of this process among those of its machine; None without one."""
+    count = torch.cuda.device_count()
+    if not count:
+        return None
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % count)
+
+
 def rank() -> int:
     """Return this process's number, 0 being the first."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -82,35 +104,22 @@ def size() -> int:
 
 
 def share(n: int) -> slice:
-    """Return this process's rows of n: consecutive, ⌈n/K⌉ each but for the last."""
-    most = -(-n // size())
-    return slice(min(rank() * most, n), min((rank() + 1) * most, n))
-
-
-def check_batch(pictures: int, options: str) -> None:
-    """Refuse a batch of which the processes would get unequal shares.
-
-    Raises
-    ------
-    InputError
-        Names `options`, which decide the number of pictures.
-    """
-    if pictures % size():
-        raise InputError(
-            f"A batch of {pictures} pictures ({options}) does not divide among "
-            f"{size()} processes; change those options, or --nproc-per-node."
-        )
+    """Return this process's rows of n: consecutive, as equal as n allows."""
+    return slice(rank() * n // size(), (rank() + 1) * n // size())
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, n: int) -> Tensor:
         ctx.own = share(n)
-        sent = rows.new_zeros(-(-n // size()), *rows.shape[1:])
+        k, most = size(), -(-n // size())
+        sent = rows.new_zeros(most, *rows.shape[1:])
         sent[: len(rows)] = rows
-        found = rows.new_empty(size() * len(sent), *rows.shape[1:])
+        found = rows.new_empty(k * most, *rows.shape[1:])
         dist.all_gather_into_tensor(found, sent)
-        return found[:n]
+        parts = found.split(most) if n else []
+        sizes = [(r + 1) * n // k - r * n // k for r in range(k)]
+        return torch.cat([p[:s] for p, s in zip(parts, sizes, strict=False)] or [found])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -123,7 +132,8 @@ def gather(rows: Tensor, n: int) -> Tensor:
     The gradient goes back to the process that a row came from, times K. All compute
     the same loss, so every process already has the whole gradient of its own rows and
     nothing need be sent; and DistributedDataParallel takes the mean of the processes'
-    gradients where their sum is wanted, which the factor K makes good.
+    gradients where their sum is wanted, which the factor K makes good. So only the
+    network is wrapped, not the losses: they need the features of all.
 
     Parameters
     ----------
@@ -162,18 +172,16 @@ def copy_buffers(module: nn.Module) -> None:
 
 def on_first(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Let the first process do `work`; all return what it found, or raise its error."""
-    if size() == 1 or _at_work.get():  # a part of such work
-        return work(*args, **kwargs)
     found: list[Any] = [None, None]
     if rank() == 0:
-        before = _at_work.set(True)
         try:
             found[0] = work(*args, **kwargs)
         except (InputError, TrainingError) as error:
+            if size() == 1:
+                raise
             found[1] = error
-        finally:
-            _at_work.reset(before)
-    dist.broadcast_object_list(found, 0)
+    if size() > 1:
+        dist.broadcast_object_list(found, 0)
     if found[1] is not None:
         raise found[1]
     return found[0]
@@ -187,24 +195,3 @@ def first_only(method: Callable[P, T]) -> Callable[P, T]:
         return on_first(method, *args, **kwargs)
 
     return called
-
-
-@contextlib.contextmanager
-def together() -> Iterator[None]:
-    """Go on only if all processes came through the block; else all raise the error.
-
-    For work that each does for itself and that may fail on one alone. The processes
-    must not communicate within the block.
-    """
-    error = None
-    try:
-        yield
-    except (InputError, TrainingError) as caught:
-        error = caught
-    errors = [error]
-    if size() > 1:
-        errors = [None] * size()
-        dist.all_gather_object(errors, error)
-    for found in errors:
-        if found is not None:
-            raise found

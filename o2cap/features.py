@@ -29,6 +29,17 @@ def autocast(
     return torch.autocast(device.type, dtype=dtype)
 
 
+def upload(pixels: Tensor, device: torch.device) -> Tensor:
+    """Return `pixels` on the device.
+
+    To a GPU they go by way of pinned memory: from there they travel while the GPU
+    computes, and the program does not wait for them.
+    """
+    if device.type == "cuda" and pixels.device.type == "cpu":
+        pixels = pixels.pin_memory()
+    return pixels.to(device, non_blocking=True)
+
+
 @torch.no_grad()
 def extract(
     model: ReIDModel,
@@ -36,10 +47,8 @@ def extract(
     *,
     height: int,
     width: int,
-    batch_size: int | None = None,
     device: torch.device | str = "cpu",
     precision: Literal["bf16", "fp16", "off"] = "off",
-    workers: int = 0,
     progress: bool = False,
 ) -> Tensor:
     """Return the L2-normalised feature of every picture, FloatTensor [N, D].
@@ -47,42 +56,35 @@ def extract(
     Parameters
     ----------
     model : ReIDModel
-        On `device`; its training or evaluation mode is restored afterwards.
+        Moved to `device`; its training or evaluation mode is restored afterwards.
     images : ImageSet or uint8 Tensor [N, height, width, 3]
         Pictures, or pictures already decoded by :func:`o2cap.data.loading.decode`.
     height, width : int
         Input size in pixels.
-    batch_size : int, optional
-        Pictures at a time. By default 256 on a GPU; on a CPU so few that their layers
-        stay near the cache (MobileNetV2 at 128x64 is twice as fast with 16 as with
-        256), which does not change the features but by rounding.
     device : torch.device or str
         Where the network runs, and where the features are returned.
     precision : str
         Mixed precision of the network; the features are float32 in any case.
-    workers : int
-        Threads that decode.
     progress : bool
         Draw a progress bar, on a terminal only.
     """
     device = torch.device(device)
-    if batch_size is None:
-        near = max(16, 2**17 // (height * width))
-        batch_size = near if device.type == "cpu" else 256
     if isinstance(images, ImageSet):
-        images, _ = decode(images, height, width, workers=workers)
+        images, _ = decode(images, height, width)
+    # On a CPU so few that their layers stay near the cache (MobileNetV2 at 128x64 is
+    # twice as fast with 16 pictures as with 256); only rounding depends on it.
+    size = max(16, 2**17 // (height * width)) if device.type == "cpu" else 256
     features = torch.empty(len(images), model.dim, device=device)
     was_training = model.training
-    model.eval()
-    starts = range(0, len(images), batch_size)
+    model.to(device).eval()
+    starts = range(0, len(images), size)
     # disable=None: no bar where the output is a file
     bar = tqdm(starts, "extract", leave=False, disable=None if progress else True)
     try:
         for start in bar:
-            pixels = images[start : start + batch_size].to(device)
+            pixels = upload(images[start : start + size], device)
             with autocast(device, precision):
-                found = model(normalise(pixels))
-            features[start : start + batch_size] = found
+                features[start : start + size] = model(normalise(pixels))
     finally:
         model.train(was_training)
     return features

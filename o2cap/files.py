@@ -75,8 +75,8 @@ def usable(path: Path) -> Iterator[None]:
         ) from error
 
 
-def read_json(path: Path, *names: str) -> list[Any]:
-    """Return the entries called `names` of the JSON object that a file holds.
+def read_json(path: Path, *names: str) -> Any:
+    """Return the JSON object that a file holds, or the list of its entries `names`.
 
     Raises
     ------
@@ -85,7 +85,7 @@ def read_json(path: Path, *names: str) -> list[Any]:
     """
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
-        return [plain[name] for name in names]
+        return [plain[name] for name in names] if names else plain
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is missing or damaged ({error}).") from error
 

@@ -1,12 +1,12 @@
-"""The epoch loop."""
+"""The training loop: extract, cluster, split by camera, train; again in every epoch."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -20,17 +20,17 @@ from o2cap.backbone import ReIDModel, build_model
 from o2cap.clustering import dbscan, jaccard_distance
 from o2cap.config import Config
 from o2cap.data import load_configured
-from o2cap.data.images import ReIDDataset
+from o2cap.data.images import ImageSet, ReIDDataset
 from o2cap.data.loading import decode
 from o2cap.data.samplers import instance_batches, proxy_batches
 from o2cap.data.transforms import augment
 from o2cap.device import Hardware
 from o2cap.errors import InputError, TrainingError
 from o2cap.evaluation import Evaluator, check_parts, clustering_quality
-from o2cap.features import autocast, extract, extract_all
+from o2cap.features import autocast, extract_all, upload
 from o2cap.neighbours import nearest_neighbours
 from o2cap.proxies import CameraProxies, ProxyMemory, split_by_camera
-from o2cap.run import Metrics, RunDirectory, RunResult, load_model
+from o2cap.run import Metrics, RunDirectory, RunResult, read_run
 
 logger = logging.getLogger("o2cap")
 
@@ -67,7 +67,7 @@ def train(
     Returns
     -------
     RunResult
-        Also in the run directory; see :class:`o2cap.run.RunDirectory`.
+        Read from the run directory; see :class:`o2cap.run.RunDirectory`.
 
     Raises
     ------
@@ -77,183 +77,168 @@ def train(
         When losses, weights or features are not finite; the last good checkpoint
         stays.
     """
-    pseudo_labels = check_labels(pseudo_labels)
-    with (
-        distributed.joined(),
-        RunDirectory.claim(config, resume) as run,
-        _memory_suffices(),
-    ):
-        run.check_input(dataset, pseudo_labels)
+    with distributed.joined(), RunDirectory.claim(config, resume) as run:
+        if dataset is None:
+            dataset = distributed.on_first(load_configured, config)
+        labels = pseudo_labels
+        if labels is not None:
+            labels = labels.cpu()
+            if labels.dtype != torch.int64:
+                raise InputError(f"pseudo_labels must be int64, not {labels.dtype}.")
+        run.check_input(dataset, labels)
         if run.finished():
             logger.info("%s is finished already", run.path)
-            return run.result(distributed.on_first(load_model, run.path)[1])
-        with distributed.together():
-            hardware = Hardware.choose(config)
+            return distributed.on_first(read_run, run.path)
+        hardware = Hardware.choose(config)
         with hardware.in_force(config):
-            return _train(run, config, hardware, dataset, pseudo_labels, on_epoch)
+            return _train(run, hardware, dataset, labels, on_epoch)
 
 
 def _train(
     run: RunDirectory,
-    config: Config,
     hardware: Hardware,
-    dataset: ReIDDataset | None,
-    pseudo_labels: Tensor | None,
+    dataset: ReIDDataset,
+    labels: Tensor | None,
     on_epoch: Callable[[Metrics], None] | None,
 ) -> RunResult:
-    # -- data
-    check_batches(config)
-    if dataset is None:
-        dataset = distributed.on_first(load_configured, config)
-        run.check_input(dataset, pseudo_labels)
-    check_parts(dataset)
+    config = run.config
+    learner, evaluator, pids = prepare(run, hardware, dataset, labels)
+    camids = learner.images.camids
+    next_epoch = warm_start(learner, run)
+    if run.before is None:
+        run.before = evaluator.record(learner.model)
+        logger.info("before training: %s", in_words(run.before) or "not evaluated")
+        run.keep_weights(learner.model, "start.safetensors")
+        run.save(learner.state(), epoch=-1)
 
-    # -- model, before minutes of decoding: a download may fail
-    torch.manual_seed(config.seed)
-    model = distributed.on_first(
-        build_model,
-        config.backbone,
-        config.weights,
-        height=config.height,
-        width=config.width,
-        pooling=config.pooling,
-    ).to(hardware.device)
-    model = model.to(memory_format=torch.channels_last)
-    network = distributed.parallel(model, hardware.device)
-
-    # -- pictures, decoded once; from here on, training has no identities
-    with distributed.together():
-        pixels, train_set = decode(
-            dataset.train,
-            config.height,
-            config.width,
-            workers=config.workers,
-            skip_unreadable=config.skip_unreadable,
-        )
-        evaluator = Evaluator(config, dataset, hardware)
-    evaluated = [part for _, part in evaluator.decoded] or (
-        dataset.query,
-        dataset.gallery,
-    )
-    kept = ReIDDataset(dataset.name, train_set, *evaluated)
-    pids, images = train_set.pids, train_set.without_identities()
-    if pseudo_labels is not None and len(pseudo_labels) != len(images):
-        raise InputError(
-            f"There are {len(pseudo_labels)} pseudo labels for {len(images)} "
-            "readable training pictures; give one for each."
-        )
-    pixels = hardware.place(pixels)
-    run.begin(dataset, hardware, pseudo_labels, kept)
-    _announce(dataset, hardware, run, config)
-
-    # -- warm start, or on from where the run was left
-    optimizer = _adam(model, config.optim.lr, config, hardware)
-    scaler = GradScaler(hardware.device.type, enabled=hardware.precision == "fp16")
-    state = run.restore()
-    if state is None or state["stage"] == "warm start":
-        if warm_start_runs(config):
-            warm_start(
-                model,
-                network,
-                pixels,
-                config,
-                hardware,
-                run,
-                state,
-                paths=images.paths,
-            )
-        before = evaluator.record(model)
-        if before:
-            logger.info("before training: %s", _in_words(before))
-        run.keep_weights(model, "start.safetensors")
-        progress: Metrics = {"stage": "train", "epoch": -1, "before": before}
-        run.save(progress, model, optimizer, scaler)
-    else:
-        run.take_up(state, model, optimizer, scaler)
-        progress = {key: state[key] for key in ("stage", "epoch", "before")}
-
-    # -- epochs: extract, cluster, split by camera, train
-    for epoch in range(progress["epoch"] + 1, config.epochs):
+    for epoch in range(next_epoch, config.epochs):
         seconds: dict[str, float] = {}
-        with _timed(seconds, "extract"):
-            features = extract_all(model, pixels, config, hardware)
-        with _timed(seconds, "cluster"):
-            if pseudo_labels is None:
-                clusters = find_clusters(features, config)
-            else:
-                clusters = pseudo_labels
-            proxies = make_proxies(clusters, images.camids, config)
-            memory = ProxyMemory.from_features(
-                features, proxies.to(hardware.device), config.loss.momentum
-            )
+        with stage("extract", seconds):
+            features = extract_all(learner.model, learner.pixels, config, hardware)
+        with stage("cluster", seconds):
+            clusters = labels
+            if clusters is None:
+                clusters = find_clusters(features, camids, config)
+            proxies = make_proxies(clusters, camids, config)
+            memory = ProxyMemory.from_features(features, proxies, config.loss.momentum)
             distributed.copy_buffers(memory)
-        record: Metrics = {
-            "epoch": epoch,
-            "lr": learning_rate(config, epoch),
-            **describe_clusters(clusters, images.camids, pids),
-        }
-        with _timed(seconds, "train"):
-            if record["clusters"] < 2:
-                logger.warning(
-                    "epoch %d: %d clusters in %d pictures, so nothing to tell "
-                    "apart; no training in this epoch (a larger "
-                    "--clustering.eps or a smaller --clustering.min-samples "
-                    "finds more)",
-                    epoch,
-                    record["clusters"],
-                    len(images),
-                )
-                record["skipped"] = True
-            else:
-                record |= train_epoch(
-                    network,
-                    optimizer,
-                    scaler,
-                    memory,
-                    proxies,
-                    pixels,
-                    config,
-                    hardware,
-                    epoch=epoch,
-                    paths=images.paths,
-                )
-        last = epoch == config.epochs - 1
-        with _timed(seconds, "evaluate"):
-            if last or (epoch + 1) % config.evaluate_every == 0:
-                record |= evaluator.record(model)
+        record: Metrics = {"epoch": epoch, "lr": learning_rate(config, epoch)}
+        record |= describe_clusters(clusters, camids, pids)
+        with stage("train", seconds):
+            if can_train(record):
+                record |= train_epoch(learner, memory, proxies, epoch)
+        with stage("evaluate", seconds):
+            if (epoch + 1) % config.evaluate_every == 0 or epoch + 1 == config.epochs:
+                record |= evaluator.record(learner.model)
         record["seconds"] = seconds
-        logger.info("%s", _in_words(record))
+        logger.info("%s", in_words(record))
         run.record(record, clusters)
-        run.save(progress | {"epoch": epoch}, model, optimizer, scaler)
+        run.save(learner.state(), epoch)
         if on_epoch is not None:
             on_epoch(record)
-    run.finish(model, progress["before"])
-    return run.result(model)
+    return run.finish(learner.model)
 
 
-# ------------------------------------------------------------------ what one epoch does
+def train_epoch(
+    learner: Learner, memory: ProxyMemory, proxies: CameraProxies, epoch: int
+) -> Metrics:
+    """Train one epoch on fixed pseudo labels.
+
+    Parameters
+    ----------
+    learner : Learner
+        The network and its pictures.
+    memory, proxies
+        On the device, and on the CPU.
+    epoch : int
+        Counted from 0; decides the learning rate and the random numbers.
+
+    Returns
+    -------
+    dict
+        The mean losses by name, and the number of proxies and of those visited.
+    """
+    config = learner.config
+    generator = learner.begin("train", epoch, learning_rate(config, epoch))
+    batches = proxy_batches(
+        proxies.label,
+        config.iterations,
+        generator,
+        proxies=config.batch.proxies,
+        images=config.batch.images,
+    )
+    there = proxies.to(learner.hardware.device)
+    for index in progress(batches, f"epoch {epoch}"):
+        anchors = learner.embed(index, generator)
+        proxy = proxies.label[index]
+        learner.step(method_losses(config, anchors, proxy, memory, there))
+        memory.update(anchors.detach(), proxy)
+    visited = int(proxies.label[batches].unique().numel())
+    return learner.end() | {"proxies": len(proxies), "proxies_visited": visited}
 
 
-def find_clusters(features: Tensor, config: Config) -> Tensor:
+def warm_start(learner: Learner, run: RunDirectory) -> int:
+    """Go on from where the run was left, or from random weights without labels.
+
+    Every batch holds different pictures, each twice, changed at random, and a view
+    must find the other view of its picture (:func:`o2cap.losses.instance_loss`). It
+    stands in for pretrained weights, which not everybody can download.
+
+    Returns
+    -------
+    int
+        The epoch with which training goes on.
+    """
+    config, settings = learner.config, learner.config.warm_start
+    state = run.restore()
+    if state is not None:
+        learner.load(state)
+        first = state["epoch"] + 1
+    else:
+        first = -settings.epochs if config.weights == "none" else 0
+    for number in range(first, 0):
+        epoch = number + settings.epochs
+        generator = learner.begin("warm start", epoch, settings.lr)
+        batches = instance_batches(
+            len(learner.images), settings.iterations, generator, images=settings.images
+        )
+        for index in progress(batches, f"warm start {epoch}"):
+            views = learner.embed(index.repeat(2), generator, jitter=settings.jitter)
+            loss = losses.instance_loss(views, temperature=settings.temperature)
+            learner.step({"instance": loss})
+        record = {"epoch": epoch, "loss": learner.end()["loss"], "lr": settings.lr}
+        logger.info("warm start, epoch %d: loss %.3f", epoch, record["loss"])
+        run.record_warm_start(record)
+        run.save(learner.state(), number)
+    if run.before is None:  # the training begins: with an optimizer of its own
+        learner.restart()
+    return max(first, 0)
+
+
+def find_clusters(features: Tensor, camids: Tensor, config: Config) -> Tensor:
     """Return pseudo labels, LongTensor [N], −1 for outliers.
 
     Each process searches the neighbours of its share; the first one clusters.
+
+    Parameters
+    ----------
+    features : FloatTensor [N, D]
+        L2-normalised.
+    camids : LongTensor [N]
+        Camera of each picture.
+    config : Config
+        Its `clustering` says how.
     """
     settings, n = config.clustering, len(features)
-    similarity, index = nearest_neighbours(
-        features,
-        min(settings.k1, n),
-        rows=distributed.share(n),
-    )
-    similarity, index = similarity.to(features.device), index.to(features.device)
-    neighbours = distributed.gather(similarity, n), distributed.gather(index, n)
+    found = nearest_neighbours(features, min(settings.k1, n), rows=distributed.share(n))
+    similarity, index = (distributed.gather(part, n) for part in found)
 
     def cluster() -> Tensor:
         distance = jaccard_distance(
             features,
             settings.k1,
             settings.k2,
-            neighbours=neighbours,
+            neighbours=(similarity, index),
             max_distance=settings.eps,  # DBSCAN asks for no larger one
         )
         return dbscan(distance, settings.eps, settings.min_samples)
@@ -271,35 +256,45 @@ def method_losses(
     config: Config,
     features: Tensor,
     proxy: Tensor,
-    centroids: Tensor,
+    memory: ProxyMemory,
     proxies: CameraProxies,
 ) -> dict[str, Tensor]:
-    """Return the losses that `config.method` adds up, by name."""
+    """Return the losses that `config.method` adds up, by name.
+
+    Parameters
+    ----------
+    config : Config
+        Its `method`, and its `loss` with the constants.
+    features : FloatTensor [B, D]
+        Anchors, with gradient.
+    proxy : LongTensor [B]
+        Proxy of each.
+    memory, proxies
+        On the device of the features.
+    """
     settings = config.loss
-    given = (features, proxy, centroids, proxies)
+    proxy = proxy.to(features.device, non_blocking=True)
+    given = (features, proxy, memory.centroids, proxies)
     common: dict[str, Any] = {
         "temperature": settings.temperature,
         "reduction": settings.reduction,
     }
-    found = {}
     if config.method == "baseline":
-        found["cluster"] = losses.cluster_loss(
-            features, proxy, centroids, temperature=settings.temperature
-        )
+        loss = losses.cluster_loss(*given[:3], temperature=settings.temperature)
+        return {"cluster": loss}
     if config.method == "intra":
-        found["intra"] = losses.intra_camera_loss(*given, **common)
+        return {"intra": losses.intra_camera_loss(*given, **common)}
+    common["negatives"] = settings.negatives
+    found = {}
     similarity = own = None
     if config.method == "both":  # one product with the whole memory serves both losses
-        similarity, own = losses.compare_with_own(features, proxy, centroids)
+        similarity, own = losses.compare_with_own(*given[:3])
     if config.method in ("offline", "both"):
-        found["offline"] = losses.offline_loss(
-            *given, **common, negatives=settings.negatives, similarity=similarity
-        )
+        found["offline"] = losses.offline_loss(*given, **common, similarity=similarity)
     if config.method in ("online", "both"):
         found["online"] = losses.online_loss(
             *given,
             **common,
-            negatives=settings.negatives,
             positives=settings.positives,
             balance=settings.balance,
             similarity=similarity,
@@ -326,380 +321,244 @@ def learning_rate(config: Config, epoch: int) -> float:
     return settings.lr * factor
 
 
-# ----------------------------------------------------------------------- training parts
+# ----------------------------------------------------------------------- what learns
+
+
+class Learner:
+    """What learns: a network with its optimizer, and the pictures it learns from.
+
+    The warm start and the training share its step.
+
+    Parameters
+    ----------
+    config, hardware
+        The settings, and what to compute on.
+    model : ReIDModel
+        The network; moved to the device.
+    pixels : uint8 Tensor [N, H, W, 3]
+        Training pictures, decoded; moved to the GPU if they fit there.
+    images : ImageSet
+        The same pictures' files and cameras. It has no identities.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        hardware: Hardware,
+        model: ReIDModel,
+        pixels: Tensor,
+        images: ImageSet,
+    ) -> None:
+        device = hardware.device
+        if device.type == "cuda" and pixels.numel() < torch.cuda.mem_get_info()[0] / 4:
+            pixels = pixels.to(device)
+        self.config, self.hardware, self.images = config, hardware, images
+        self.pixels = pixels
+        self.model = model.to(device).to(memory_format=torch.channels_last)
+        # the model, or what several processes train it through
+        self.network: nn.Module = distributed.parallel(self.model, device)
+        self.restart()
+
+    def restart(self) -> None:
+        """Take a new optimizer: Adam, its weight decay coupled (an L2 penalty)."""
+        device = self.hardware.device.type
+        self.optimizer = torch.optim.Adam(
+            [p for p in self.model.parameters() if p.requires_grad],
+            weight_decay=self.config.optim.weight_decay,
+            fused=device == "cuda",
+        )
+        fp16 = self.hardware.precision == "fp16"
+        self.scaler = GradScaler(device, enabled=fp16)
+
+    def begin(self, stage: str, epoch: int, lr: float) -> Generator:
+        """Begin an epoch, and return what decides its batches and changes.
+
+        Every epoch is seeded anew, so that a resumed run draws what an uninterrupted
+        one would have drawn, with no generator's state to carry over. Processes draw
+        the same batches and changes, and each its own dropout.
+        """
+        self.stage, self.epoch = stage, epoch
+        self.seen: list[Tensor] = []
+        self.losses: list[dict[str, Tensor]] = []
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.network.train()
+        seed = seed_of(self.config.seed, stage, epoch)
+        torch.manual_seed(seed + distributed.rank())
+        return Generator().manual_seed(seed)
+
+    def embed(self, index: Tensor, generator: Generator, jitter: float = 0.0) -> Tensor:
+        """Return the features of pictures changed at random, with gradient.
+
+        Parameters
+        ----------
+        index : LongTensor [B]
+            Numbers of the pictures, on the CPU.
+        generator : Generator
+            Decides the changes.
+        jitter : float
+            Strength of the colour jitter.
+
+        Returns
+        -------
+        FloatTensor [B, D]
+            Of the whole batch; each process embeds its share.
+        """
+        self.seen.append(index)
+        changes, device = self.config.augment, self.hardware.device
+        there = index.to(self.pixels.device, non_blocking=True)
+        pictures = augment(
+            upload(self.pixels[there], device),
+            generator,
+            flip=changes.flip,
+            pad=changes.pad,
+            erase=changes.erase,
+            jitter=jitter,
+            rows=distributed.share(len(index)),
+        )
+        with autocast(device, self.hardware.precision):
+            features = self.network(pictures)
+        return distributed.gather(features, len(index))
+
+    def step(self, found: dict[str, Tensor]) -> None:
+        """Change the weights to lower the sum of these losses."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(torch.stack(list(found.values())).sum()).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        # Looked at once per epoch: asking a GPU for each loss would wait for it.
+        self.losses.append({name: loss.detach() for name, loss in found.items()})
+
+    def end(self) -> Metrics:
+        """End an epoch: return the mean losses, and refuse one that broke the network.
+
+        A loss tells of the weights before its step only; so the weights that the last
+        step left are looked at too. This is the one place that looks.
+
+        Raises
+        ------
+        TrainingError
+            Names the epoch, the learning rate and pictures of the batch.
+        """
+        distributed.copy_buffers(self.network)
+        names = list(self.losses[0])
+        found = torch.stack([torch.stack([*x.values()]) for x in self.losses]).cpu()
+        broken = ~found.isfinite().all(dim=1)
+        numbers = [x for x in self.model.state_dict().values() if x.is_floating_point()]
+        if broken.any() or not torch.stack([x.isfinite().all() for x in numbers]).all():
+            at = int(broken.nonzero()[0]) if broken.any() else len(found) - 1
+            some = ", ".join(str(self.images.paths[i]) for i in self.seen[at][:4])
+            lr = self.optimizer.param_groups[0]["lr"]
+            group = "optim" if self.stage == "train" else "warm-start"
+            raise TrainingError(
+                f"Losses or weights are not finite after epoch {self.epoch} of the "
+                f"{self.stage}, from iteration {at} on (learning rate {lr:g}; pictures "
+                f"{some}, ...); nothing of this epoch is kept. Lower --{group}.lr, or "
+                "try --precision off."
+            )
+        mean = dict(zip(names, found.mean(dim=0).tolist(), strict=True))
+        return {
+            "loss": sum(mean.values()),
+            **{f"loss_{name}": value for name, value in mean.items()},
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Return all that a resumed run needs."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state` returned, perhaps on another device."""
+        self.model.load_state_dict(state["model"])
+        fused = self.optimizer.param_groups[0]["fused"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["fused"] = fused  # how this device computes, not the one before
+        if state["scaler"]:  # empty if the device before needed none
+            self.scaler.load_state_dict(state["scaler"])
 
 
 def seed_of(seed: int, stage: str, epoch: int) -> int:
-    """Return the seed of one epoch's random numbers.
-
-    Every epoch is seeded anew, so that a resumed run draws what an uninterrupted one
-    would have drawn, with no generator's state to carry over.
-    """
+    """Return the seed of one epoch's random numbers."""
     words = [seed, int.from_bytes(stage.encode(), "big") % 2**32, epoch]
     return int(np.random.SeedSequence(words).generate_state(1, np.uint32)[0])
 
 
-def _adam(
-    model: ReIDModel, lr: float, config: Config, hardware: Hardware
-) -> torch.optim.Adam:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.Adam(
-        trained,
-        lr=lr,
-        weight_decay=config.optim.weight_decay,
-        fused=hardware.device.type == "cuda",
-    )
+# --------------------------------------------------------------- before the first epoch
 
 
-def _step(loss: Tensor, optimizer: torch.optim.Adam, scaler: GradScaler) -> None:
-    optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
-    scaler.step(optimizer)
-    scaler.update()
-
-
-def warm_start_runs(config: Config) -> bool:
-    """Say whether training begins with a warm start: from random weights only."""
-    return config.weights == "none" and config.warm_start.epochs > 0
-
-
-def warm_start(
-    model: ReIDModel,
-    network: nn.Module,
-    pixels: Tensor,
-    config: Config,
-    hardware: Hardware,
-    run: RunDirectory,
-    state: dict[str, Any] | None,
-    *,
-    paths: Sequence[Path],
-) -> None:
-    """Train from random weights without labels: each picture is its own class.
-
-    Every batch holds different pictures, each twice, changed at random, and a view
-    must find the other view of its picture (:func:`o2cap.losses.instance_loss`). It
-    stands in for ImageNet weights, which not everybody can download.
-
-    Parameters
-    ----------
-    network : nn.Module
-        `model`, or what several processes train it through.
-    pixels : uint8 Tensor [N, H, W, 3]
-        Training pictures.
-    state : dict or None
-        What the run directory holds of an interrupted warm start.
-    paths : sequence of Path
-        As in :func:`train_epoch`.
-    """
-    settings = config.warm_start
-    optimizer = _adam(model, settings.lr, config, hardware)
-    scaler = GradScaler(hardware.device.type, enabled=hardware.precision == "fp16")
-    first = 0
-    if state is not None:
-        first = state["epoch"] + 1
-        run.take_up(state, model, optimizer, scaler)
-    for epoch in range(first, settings.epochs):
-        generator = _seed_everything(seed_of(config.seed, "warm start", epoch))
-        batches = instance_batches(
-            len(pixels), settings.iterations, generator, images=settings.images
-        )
-        own = distributed.share(2 * batches.shape[1])
-        network.train()
-        history: list[Tensor] = []
-        for index in _bar(batches, f"warm start {epoch}"):
-            pictures = augment(
-                hardware.batch(pixels, index.repeat(2)),
-                generator,
-                flip=config.augment.flip,
-                pad=config.augment.pad,
-                erase=config.augment.erase,
-                jitter=settings.jitter,
-                rows=own,
-            )
-            with autocast(hardware.device, hardware.precision):
-                features = network(pictures)
-            features = distributed.gather(features, 2 * len(index))
-            loss = losses.instance_loss(features, temperature=settings.temperature)
-            _step(loss, optimizer, scaler)
-            history.append(loss.detach())
-        distributed.copy_buffers(model)
-        found = torch.stack(history).cpu()
-        with distributed.together():
-            check_finite(
-                found,
-                model,
-                pixels,
-                batches,
-                config,
-                hardware,
-                epoch=epoch,
-                lr=settings.lr,
-                paths=paths,
-                whose="The warm start's",
-            )
-        mean = float(sum(found)) / len(found)  # in order, as one adds them up
-        logger.info("warm start, epoch %d: loss %.3f", epoch, mean)
-        run.record_warm_start({"epoch": epoch, "loss": mean, "lr": settings.lr})
-        run.save({"stage": "warm start", "epoch": epoch}, model, optimizer, scaler)
-
-
-def _seed_everything(seed: int) -> Generator:
-    """Seed torch's own generators (dropout) and return one for batches and changes.
-
-    Processes draw the same batches and changes, and each its own dropout.
-    """
-    torch.manual_seed(seed + distributed.rank())
-    return Generator().manual_seed(seed)
-
-
-def train_epoch(
-    network: nn.Module,
-    optimizer: torch.optim.Adam,
-    scaler: GradScaler,
-    memory: ProxyMemory,
-    proxies: CameraProxies,
-    pixels: Tensor,
-    config: Config,
-    hardware: Hardware,
-    *,
-    epoch: int,
-    paths: Sequence[Path],
-) -> Metrics:
-    """Train one epoch on fixed pseudo labels.
-
-    Parameters
-    ----------
-    network : nn.Module
-        The model, or what several processes train it through.
-    memory, proxies
-        On the device, and on the CPU.
-    pixels : uint8 Tensor [N, H, W, 3]
-        Training pictures.
-    epoch : int
-        Counted from 0; decides the learning rate and the random numbers.
-    paths : sequence of Path
-        Where the pictures come from, to name them when something goes wrong.
+def prepare(
+    run: RunDirectory, hardware: Hardware, dataset: ReIDDataset, labels: Tensor | None
+) -> tuple[Learner, Evaluator, Tensor | None]:
+    """Read the pictures and build the network.
 
     Returns
     -------
-    dict
-        The mean losses by name, and the number of proxies and of those visited.
-    """
-    generator = _seed_everything(seed_of(config.seed, "train", epoch))
-    batches = proxy_batches(
-        proxies.label,
-        config.iterations,
-        generator,
-        proxies=config.batch.proxies,
-        images=config.batch.images,
-    )
-    size = batches.shape[1]
-    if size % distributed.size():
-        raise TrainingError(
-            f"Epoch {epoch} has {len(proxies)} proxies, so batches of {size} pictures, "
-            f"which do not divide among {distributed.size()} processes; go on with "
-            "fewer."
-        )
-    own = distributed.share(size)
-    on_device = proxies.to(hardware.device)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, epoch)
-    network.train()
-    history: list[Tensor] = []
-    for index in _bar(batches, f"epoch {epoch}"):
-        pictures = augment(
-            hardware.batch(pixels, index),
-            generator,
-            flip=config.augment.flip,
-            pad=config.augment.pad,
-            erase=config.augment.erase,
-            rows=own,
-        )
-        with autocast(hardware.device, hardware.precision):
-            features = network(pictures)
-        features = distributed.gather(features, size)
-        proxy = proxies.label[index]
-        parts = method_losses(
-            config,
-            features,
-            proxy.to(hardware.device, non_blocking=True),
-            memory.centroids,
-            on_device,
-        )
-        names = list(parts)
-        _step(torch.stack(list(parts.values())).sum(), optimizer, scaler)
-        memory.update(features.detach(), proxy)
-        # Looked at once per epoch: asking a GPU for each loss would wait for it.
-        history.append(torch.stack(list(parts.values())).detach())
-    distributed.copy_buffers(network)
-    found = torch.stack(history).cpu()
-    with distributed.together():
-        check_finite(
-            found.sum(dim=1),
-            network,
-            pixels,
-            batches,
-            config,
-            hardware,
-            epoch=epoch,
-            lr=learning_rate(config, epoch),
-            paths=paths,
-        )
-    mean = dict(zip(names, found.mean(dim=0).tolist(), strict=True))
-    return {
-        "loss": sum(mean.values()),
-        **{f"loss_{name}": value for name, value in mean.items()},
-        "proxies": len(proxies),
-        "proxies_visited": int(proxies.label[batches].unique().numel()),
-    }
-
-
-def check_finite(
-    loss: Tensor,
-    network: nn.Module,
-    pixels: Tensor,
-    batches: Tensor,
-    config: Config,
-    hardware: Hardware,
-    *,
-    epoch: int,
-    lr: float,
-    paths: Sequence[Path],
-    whose: str = "The",
-) -> None:
-    """Refuse an epoch that broke the network, before it replaces the last good one.
-
-    A loss tells of the weights before its step only; so the weights that the last step
-    left are looked at too, and what they make of the last batch.
-
-    Parameters
-    ----------
-    loss : Tensor [iterations]
-        On the CPU.
-    batches : LongTensor [iterations, B]
-        The pictures of each.
-
-    Raises
-    ------
-    TrainingError
-        Names the epoch, the learning rate and pictures of the batch.
-    """
-    bad = (~loss.isfinite()).nonzero().flatten()
-    at = int(bad[0]) if len(bad) else len(loss) - 1
-    if len(bad):
-        what = f"loss is {loss[at].item()}"
-    else:
-        # (Of several processes, what DistributedDataParallel trains.)
-        model: Any = getattr(network, "module", network)
-        numbers = [*model.parameters(), *model.buffers()]
-        finite = [x.isfinite().all() for x in numbers if x.is_floating_point()]
-        features = extract(
-            model,
-            hardware.batch(pixels, batches[-1]),
-            height=config.height,
-            width=config.width,
-            device=hardware.device,
-        )
-        if torch.stack([*finite, features.isfinite().all()]).all():
-            return
-        what = "network breaks (its weights or features are not finite)"
-    some = ", ".join(str(paths[i]) for i in batches[at][:4].tolist())
-    option = "--optim.lr" if whose == "The" else "--warm-start.lr"
-    raise TrainingError(
-        f"{whose} {what} in epoch {epoch}, iteration {at} (learning rate {lr:g}; "
-        f"pictures {some}, ...); nothing of this epoch is kept. Lower {option}, or try "
-        "--precision off."
-    )
-
-
-def describe_clusters(clusters: Tensor, camids: Tensor, pids: Tensor | None) -> Metrics:
-    """Return what an epoch's record says of its pseudo labels.
-
-    Identities, where known, only measure: ARI, NMI, V-measure, purity.
-    """
-    found: Metrics = {
-        "clusters": int(clusters[clusters >= 0].unique().numel()),
-        "outliers": int((clusters < 0).sum()),
-    }
-    if found["clusters"] > 0:
-        parts = len(split_by_camera(clusters, camids))
-        found["cameras_per_cluster"] = parts / found["clusters"]
-    if pids is not None and found["clusters"] > 0:
-        quality = clustering_quality(clusters, pids)
-        scores = {
-            "ari": quality.ari,
-            "nmi": quality.nmi,
-            "v_measure": quality.v_measure,
-            "purity": quality.purity,
-        }
-        # NaN where no clustered picture has a known identity
-        found |= {name: value for name, value in scores.items() if value == value}
-    return found
-
-
-def check_labels(labels: Tensor | None) -> Tensor | None:
-    """Return pseudo labels as int64 on the CPU.
+    learner : Learner
+        It sees no identities.
+    evaluator : Evaluator
+        Query and gallery.
+    pids : LongTensor [N] or None
+        The training identities, where known, to measure pseudo labels with.
 
     Raises
     ------
     InputError
-        When they are not one whole number a picture.
+        When data or weights cannot be used.
     """
-    if labels is None:
-        return None
-    kind = labels.dtype
-    whole = not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
-    if labels.ndim != 1 or not whole:
+    config = run.config
+    check_parts(dataset)
+    torch.manual_seed(config.seed)
+    model = distributed.on_first(  # before minutes of decoding: a download may fail
+        build_model,
+        config.backbone,
+        config.weights,
+        height=config.height,
+        width=config.width,
+        pooling=config.pooling,
+    )
+    pixels, images = decode(
+        dataset.train,
+        config.height,
+        config.width,
+        workers=config.workers,
+        skip_unreadable=config.skip_unreadable,
+    )
+    evaluator = Evaluator(config, dataset, hardware)
+    if labels is not None and labels.shape != (len(images),):
         raise InputError(
-            "Pseudo labels must be whole numbers, one a picture: a LongTensor [N], not "
-            f"{kind} {list(labels.shape)}."
+            f"There are {list(labels.shape)} pseudo labels for {len(images)} readable "
+            "training pictures; give one for each."
         )
-    return labels.to("cpu", torch.int64)
-
-
-def check_batches(config: Config) -> None:
-    """Refuse batches of which several processes would get unequal shares.
-
-    Raises
-    ------
-    InputError
-        Names the options that decide the number of pictures.
-    """
-    batch, warm = config.batch, config.warm_start
-    distributed.check_batch(
-        batch.proxies * batch.images, "--batch.proxies times --batch.images"
-    )
-    if warm_start_runs(config):
-        distributed.check_batch(2 * warm.images, "twice --warm-start.images")
+    tested = [part for _, part in evaluator.decoded] or [dataset.query, dataset.gallery]
+    kept = ReIDDataset(dataset.name, images, *tested)
+    run.begin(dataset, kept, hardware, labels)
+    announce(dataset, hardware, run)
+    learner = Learner(config, hardware, model, pixels, images.without_identities())
+    return learner, evaluator, images.pids
 
 
 # ----------------------------------------------------------------------------- messages
 
 
-def _announce(
-    dataset: ReIDDataset, hardware: Hardware, run: RunDirectory, config: Config
-) -> None:
-    several = f", {distributed.size()} processes" if distributed.size() > 1 else ""
+def announce(dataset: ReIDDataset, hardware: Hardware, run: RunDirectory) -> None:
+    """Say what is trained, on what, and with which pictures."""
     logger.info(
-        "%s on %s%s, precision %s, %d threads; run directory %s",
-        config.method,
+        "%s on %s, %d processes, precision %s, %d threads; run directory %s",
+        run.config.method,
         hardware.device,
-        several,
+        distributed.size(),
         hardware.precision,
         hardware.threads,
         run.path,
     )
     for split, counts in dataset.counts().items():
-        known = f"{counts['identities']} identities, " if counts["identities"] else ""
-        logger.info(
-            "%s %s: %d pictures, %s%d cameras",
-            dataset.name,
-            split,
-            counts["images"],
-            known,
-            counts["cameras"],
-        )
-    if config.method != "baseline" and dataset.train.camids.unique().numel() == 1:
+        said = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
+        logger.info("%s %s: %s", dataset.name, split, said or "none")
+    if run.config.method != "baseline" and dataset.train.camids.unique().numel() == 1:
         logger.warning(
             "All training pictures come from one camera: every cluster is one proxy, "
             "so the camera-aware parts have nothing to do, and training is "
@@ -709,46 +568,66 @@ def _announce(
         logger.info("no query and gallery: clusters are reported, but no mAP")
 
 
-def _in_words(record: Metrics) -> str:
-    shown = {
-        "epoch": "{:d}",
-        "loss": "{:.3f}",
-        "clusters": "{:d}",
-        "outliers": "{:d}",
-        "cameras_per_cluster": "{:.2f}",
-        "ari": "{:.3f}",
-        "mAP": "{:.3f}",
-        "rank1": "{:.3f}",
-    }
+def describe_clusters(clusters: Tensor, camids: Tensor, pids: Tensor | None) -> Metrics:
+    """Return what an epoch's record says of its pseudo labels.
+
+    Identities, where known, only measure: ARI, NMI, V-measure, purity.
+    """
+    number = int(clusters[clusters >= 0].unique().numel())
+    found: Metrics = {"clusters": number, "outliers": int((clusters < 0).sum())}
+    if number:
+        found["cameras_per_cluster"] = len(split_by_camera(clusters, camids)) / number
+    if number and pids is not None:
+        quality = asdict(clustering_quality(clusters, pids))
+        scores = {k: quality[k] for k in ("ari", "nmi", "v_measure", "purity")}
+        # NaN where no clustered picture has a known identity
+        found |= {name: value for name, value in scores.items() if value == value}
+    return found
+
+
+def can_train(record: Metrics) -> bool:
+    """Say whether there are clusters to tell apart; if not, warn, and note it."""
+    if record["clusters"] >= 2:
+        return True
+    record["skipped"] = True
+    logger.warning(
+        "epoch %d: %d clusters, so nothing to tell apart; no training in this epoch (a "
+        "larger --clustering.eps or a smaller --clustering.min-samples finds more)",
+        record["epoch"],
+        record["clusters"],
+    )
+    return False
+
+
+def in_words(record: Metrics) -> str:
+    """Return the entries of a record that people follow, as one line."""
+    shown = ("epoch", "loss", "clusters", "outliers", "cameras_per_cluster", "ari")
     return ", ".join(
-        f"{name.replace('_', ' ')} {form.format(record[name])}"
-        for name, form in shown.items()
+        f"{name.replace('_', ' ')} {round(record[name], 3)}"
+        for name in (*shown, "mAP", "rank1")
         if name in record
     )
 
 
-def _bar(batches: Tensor, what: str) -> Iterator[Tensor]:
+def progress(batches: Tensor, what: str) -> Iterator[Tensor]:
     """Draw a progress bar, once, and on a terminal only."""
     hidden = None if distributed.rank() == 0 else True
     return iter(tqdm(batches, what, leave=False, disable=hidden))
 
 
 @contextlib.contextmanager
-def _memory_suffices() -> Iterator[None]:
+def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Note the seconds of a stage; say so where the GPU's memory ends in it."""
+    start = time.perf_counter()
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise InputError(
-            "The GPU's memory is full. If another program fills it, the same command "
-            "resumes later where this one stopped; if not, a new run with a smaller "
-            "--batch.proxies, --batch.images, --height or --width needs less."
+            f"The GPU's memory is full (stage: {name}). If another program fills it, "
+            "the same command resumes later where this one stopped; if not, a new run "
+            "with a smaller --batch.proxies, --batch.images, --height or --width needs "
+            "less."
         ) from error
-
-
-@contextlib.contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-    seconds[stage] = round(time.perf_counter() - start, 3)
+    seconds[name] = round(time.perf_counter() - start, 3)
