@@ -4,11 +4,12 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 
-class InputError(ValueError):
-    """Something the person gave cannot be used.
+class InputError(Exception):
+    """Something the user gave cannot be used.
 
     The message is one sentence that names the file, row or option and says what
-    to do. The command line prints it and exits with code 2.
+    to do. The command line prints it and exits with code 2. It is no ValueError, which
+    pydantic and tyro would put into words of their own.
     """
 
 
