@@ -302,7 +302,7 @@ def sheet(
 
     from o2cap.data import load_dataset
     from o2cap.files import replacing
-    from o2cap_book.figures import contact_sheet
+    from o2cap.sheets import contact_sheet
 
     _check_suffix(output, ".png")
     images = load_dataset(name, root).splits()[split]
@@ -312,7 +312,7 @@ def sheet(
     rows = images.pids if known else torch.zeros(len(images), dtype=torch.int64)
     drawn = contact_sheet(images, rows, name="identity" if known else "unknown")
     with replacing(output) as path:
-        path.write_bytes(drawn.png())
+        drawn.save(path, "png")
     print(output)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from o2cap.data.images import ImageSet, list_pictures
@@ -27,8 +28,8 @@ from o2cap.features import extract_all
 from o2cap.files import replacing, usable
 from o2cap.neighbours import nearest_neighbours
 from o2cap.run import load_model
+from o2cap.sheets import contact_sheet, ranked_lists
 from o2cap.trainer import find_clusters
-from o2cap_book.figures import Figure, contact_sheet, ranked_lists
 
 # 0002_c1s1_000451_03.jpg, as in Market-1501, DukeMTMC-reID and VeRi-776
 _NAME = re.compile(r"(-1|\d{1,9})_c(\d{1,9})", re.ASCII)
@@ -260,8 +261,8 @@ class Ranking:
             matches.append(Match(i + 1, str(path), camid, distance, same))
         return matches
 
-    def figure(self) -> Figure:
-        """Draw the ranked list; see :func:`o2cap_book.figures.ranked_lists`."""
+    def figure(self) -> Image:
+        """Draw the ranked list; see :func:`o2cap.sheets.ranked_lists`."""
         return ranked_lists(
             self.query,
             self.found,
@@ -282,7 +283,7 @@ class Ranking:
         rows = [asdict(match) for match in self.matches()]
         match path.suffix.lower():
             case ".png":
-                content = self.figure().png()
+                content = self.figure()._repr_png_() or b""
             case ".json":
                 whole = {"query": str(self.query.paths[0]), "matches": rows}
                 content = json.dumps(whole, indent=2).encode()
@@ -379,7 +380,7 @@ class Clustering:
             sheet = contact_sheet(
                 self.images, labels, per_camera=per_camera, name="cluster"
             )
-            _write(folder / f"cluster_{cluster:04d}.png", sheet.png())
+            _write(folder / f"cluster_{cluster:04d}.png", sheet._repr_png_() or b"")
         return number
 
 

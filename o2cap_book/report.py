@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from o2cap.config import PRESETS, Config, load
@@ -24,15 +25,14 @@ from o2cap.errors import InputError
 from o2cap.evaluation import evaluate_retrieval
 from o2cap.files import replacing, usable
 from o2cap.inference import UNREADABLE, embed
+from o2cap.sheets import contact_sheet, ranked_lists
 from o2cap_book.figures import (
     Figure,
     camera_spread,
     cluster_flow,
-    contact_sheet,
     embedding_map,
     fates,
     project,
-    ranked_lists,
     training_curves,
 )
 
@@ -445,10 +445,13 @@ def _section(title: str, *parts: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{''.join(parts)}</section>"
 
 
-def _figure(figure: Figure, alt: str, caption: str) -> str:
-    data = base64.b64encode(figure.png()).decode()
+def _figure(figure: Figure | Image, alt: str, caption: str) -> str:
+    data = base64.b64encode(figure._repr_png_() or b"").decode()
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    width, _ = figure.get_size_inches() * 96
+    if isinstance(figure, Image):
+        width = figure.width / 2  # sharp on a fine screen, too
+    else:
+        width = figure.get_size_inches()[0] * 96
     return (
         f'<figure><div class="wide" tabindex="0"><img alt="{escape(alt)}" '
         f'src="data:image/png;base64,{data}" width="{width:.0f}"></div>{below}</figure>'

@@ -43,117 +43,11 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
     return ImageSet(paths, torch.tensor(camids), torch.tensor(pids))
 
 
-def test_figures_show_themselves_and_leave_settings_alone(pictures: ImageSet) -> None:
+def test_figures_show_themselves_and_leave_settings_alone() -> None:
     before = dict(mpl.rcParams)
-    figure = viz.contact_sheet(pictures)
+    figure = viz.camera_spread({"a": torch.tensor([0, 0])}, torch.tensor([0, 1]))
     assert figure._repr_png_().startswith(PNG)
     assert dict(mpl.rcParams) == before
-
-
-# ----------------------------------------------------------------------------- pictures
-
-
-def cells(sheet: np.ndarray, rows: int) -> list[list[tuple[int, ...]]]:
-    """Read the colours of a sheet's pictures from left to right, by row."""
-    height = len(sheet) // rows
-    found = []
-    for i in range(rows):
-        line = sheet[i * height + height // 2]
-        seen = [tuple(int(v) for v in pixel) for pixel in line]
-        changes = [a for a, b in zip(seen, [None, *seen], strict=False) if a != b]
-        found.append([c for c in changes if c != (255, 255, 255)])
-    return found
-
-
-def test_contact_sheet_lays_identities_out_by_camera(pictures: ImageSet) -> None:
-    (ax,) = viz.contact_sheet(pictures, limit=2).axes
-    expected = [
-        [colour(0, c, k) for c in range(3) for k in range(2)],
-        [colour(1, c, k) for c in range(2) for k in range(2)],
-    ]
-    assert cells(ax.images[0].get_array(), 2) == expected
-    assert [t.get_text() for t in ax.get_yticklabels()] == ["0", "1"]
-    assert [t.get_text() for t in ax.get_xticklabels()] == ["0", "1", "2"]
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ("camera", "identity")
-
-
-def test_contact_sheet_of_pseudo_labels(pictures: ImageSet) -> None:
-    assert pictures.pids is not None
-    labels = torch.where(pictures.pids == 3, 7, -1)
-    (ax,) = viz.contact_sheet(pictures, labels, per_camera=1, name="cluster").axes
-    assert cells(ax.images[0].get_array(), 1) == [[colour(3, c, 0) for c in range(3)]]
-    assert [t.get_text() for t in ax.get_yticklabels()] == ["7"]
-    assert ax.get_ylabel() == "cluster"
-
-
-def test_contact_sheet_needs_a_label(pictures: ImageSet) -> None:
-    with pytest.raises(ValueError, match="give rows"):
-        viz.contact_sheet(pictures.without_identities())
-    with pytest.raises(ValueError, match="give rows"):
-        viz.contact_sheet(pictures, torch.full((len(pictures),), -1))
-
-
-def frames(figure: viz.Figure) -> list[tuple[str, str]]:
-    """Return the colour of each frame, and the text below it, in drawing order."""
-    (ax,) = figure.axes
-    colours = [to_hex(patch.get_edgecolor()).upper() for patch in ax.patches]
-    return list(zip(colours, (t.get_text() for t in ax.texts), strict=True))
-
-
-def chosen(pictures: ImageSet, *pairs: tuple[int, int]) -> ImageSet:
-    """Return the first picture of each (identity, camera)."""
-    assert pictures.pids is not None
-    where = [
-        int(((pictures.pids == pid) & (pictures.camids == camid)).nonzero()[0])
-        for pid, camid in pairs
-    ]
-    return pictures.select(torch.tensor(where))
-
-
-def test_ranked_lists_order_mark_and_leave_out_the_own_camera(
-    pictures: ImageSet,
-) -> None:
-    query = chosen(pictures, (0, 0))
-    gallery = chosen(pictures, (0, 0), (1, 0), (0, 1), (2, 2), (0, 2))
-    assert gallery.pids is not None
-    gallery.pids[3] = -1  # neither right nor wrong
-    similarity = torch.tensor([[0.99, 0.9, 0.8, 0.7, 0.6]])
-    figure = viz.ranked_lists(query, gallery, similarity, top=4, notes=["AP 58 %"])
-    assert frames(figure) == [
-        ("#000000", "query\ncam 0"),
-        (viz.VERMILLION, "0.10 ✗\ncam 0"),
-        (viz.GREEN, "0.20 ✓\ncam 1"),
-        (viz.GREY, "0.30\ncam 2"),
-        (viz.GREEN, "0.40 ✓\ncam 2"),
-    ]
-    (ax,) = figure.axes
-    drawn = [colour(0, 0, 0), *(colour(p, c, 0) for p, c in ((1, 0), (0, 1), (2, 2)))]
-    height = len(ax.images[0].get_array())
-    row = [tuple(p) for p in ax.images[0].get_array()[height // 3].tolist()]
-    seen = list(dict.fromkeys(p for p in row if p != (255, 255, 255)))
-    assert seen == [*drawn, colour(0, 2, 0)]
-    assert [t.get_text() for t in ax.get_yticklabels()] == ["AP 58 %"]
-
-    everything = viz.ranked_lists(query, gallery, similarity, top=4, same_camera=True)
-    assert frames(everything)[1] == (viz.GREEN, "0.01 ✓\ncam 0")
-
-
-def test_ranked_lists_without_identities_have_no_marks(pictures: ImageSet) -> None:
-    bare = pictures.without_identities()
-    camids = torch.full_like(bare.camids, -1)
-    gallery = ImageSet(bare.paths, camids)
-    similarity = torch.rand(1, len(bare))
-    figure = viz.ranked_lists(
-        bare.select(torch.tensor([0])), gallery, similarity, top=3
-    )
-    found = frames(figure)[1:]
-    assert len(found) == 3
-    assert all(c == viz.GREY and not set(text) & set("✓✗") for c, text in found)
-
-
-def test_ranked_lists_refuse_a_similarity_of_another_shape(pictures: ImageSet) -> None:
-    with pytest.raises(ValueError, match=r"\[22, 22\]"):
-        viz.ranked_lists(pictures, pictures, torch.zeros(22, 21))
 
 
 # --------------------------------------------------------------------------------- maps

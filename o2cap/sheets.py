@@ -1,0 +1,185 @@
+"""Sheets of pictures: a label in every camera, and what a search found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import accumulate, islice, zip_longest
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+
+from o2cap.data.images import ImageSet, open_picture
+from o2cap.data.loading import decode
+from o2cap.errors import InputError
+
+GREEN, VERMILLION, GREY = "#009E73", "#D55E00", "#8C8C8C"  # Okabe and Ito
+# Large enough to be read at half the size.
+_TALL, _FONT = 128, ImageFont.load_default(24)
+_MARKS = {
+    GREEN: [(0, 16), (7, 24), (19, 8)],  # a tick
+    VERMILLION: [(1, 8), (17, 24), (9, 16), (1, 24), (17, 8)],  # a cross
+}
+_NOTHING = Image.new("RGB", (1, 1), "white")
+
+
+def contact_sheet(
+    images: ImageSet,
+    rows: Tensor | None = None,
+    *,
+    limit: int = 8,
+    per_camera: int = 3,
+    name: str = "identity",
+    notes: Sequence[str] | None = None,
+) -> Image.Image:
+    """Lay pictures out, one row a label and one group of columns a camera.
+
+    The sheet shows what each of the first labels looks like in every camera. A
+    white space means that the camera has no (further) picture of it.
+
+    Parameters
+    ----------
+    images : ImageSet
+        N pictures.
+    rows : LongTensor [N], optional
+        The label that decides a picture's row, such as its cluster or proxy; −1 for
+        pictures to leave out. By default the identity.
+    limit : int
+        Rows at most: the smallest labels.
+    per_camera : int
+        Pictures of a label and camera at most: the first ones. Fewer where many
+        cameras share the width.
+    name : str
+        What a row is, for the heading.
+    notes : sequence of str, optional
+        A short text for each row, instead of its label.
+
+    Raises
+    ------
+    ValueError
+        When there are no identities and no `rows`, or no label of 0 or more.
+    """
+    labels = images.pids if rows is None else rows
+    if labels is None or not bool((labels >= 0).any()):
+        raise ValueError("there is no label to make rows of: give rows")
+    shown = labels[labels >= 0].unique()[:limit]
+    cameras = images.camids[torch.isin(labels, shown)].unique()
+    each = max(1, min(per_camera, 30 // len(cameras)))
+    members = [
+        [((labels == p) & (images.camids == c)).nonzero()[:each, 0] for c in cameras]
+        for p in shown
+    ]
+    each = max(len(cell) for row in members for cell in row)
+    chosen = torch.cat([cell for row in members for cell in row])
+    drawn = [*map(Image.fromarray, thumbnails(images.select(chosen), _TALL))]
+    white, pictures = Image.new("RGB", drawn[0].size, "white"), iter(drawn)
+    table = [[_text(name), *(_text(_camera(c) or "unknown") for c in cameras)]]
+    for i, row in enumerate(members):
+        table.append([_text(notes[i] if notes else str(int(shown[i])))])
+        for cell in row:
+            strip = [*islice(pictures, len(cell)), *[white] * (each - len(cell))]
+            table[-1].append(_sheet([strip], gap=2))
+    return _sheet(table)
+
+
+def ranked_lists(
+    query: ImageSet,
+    gallery: ImageSet,
+    similarity: Tensor,
+    *,
+    top: int = 10,
+    notes: Sequence[str] | None = None,
+    same_camera: bool = False,
+) -> Image.Image:
+    """Draw, for each query, the gallery's pictures most similar to it, best first.
+
+    The sheet has a row per query: the query, then its matches by rank, each with its
+    cosine distance (1 − similarity) and its camera. Where identities are known, a
+    green frame and a tick mark a right match, a red frame and a cross a wrong one.
+
+    Parameters
+    ----------
+    query, gallery : ImageSet
+        Q and G pictures.
+    similarity : FloatTensor [Q, G]
+        Cosine similarity, ``query_features @ gallery_features.T``; −inf for what is
+        to be left out.
+    top : int
+        Matches to show.
+    notes : sequence of str, optional
+        A short text for each query, written below it.
+    same_camera : bool
+        Show also the pictures of the query's own identity and camera, which the
+        metrics leave out.
+    """
+    one, other = (
+        torch.full_like(part.camids, -1) if part.pids is None else part.pids
+        for part in (query, gallery)
+    )
+    known = (one[:, None] >= 0) & (other >= 0)
+    same = known & (one[:, None] == other)
+    similarity = similarity.float().cpu()
+    if not same_camera:
+        own = same & (query.camids[:, None] == gallery.camids)
+        similarity = similarity.masked_fill(own, -torch.inf)
+    best = similarity.topk(min(top, len(gallery)))
+    found = [
+        index[value > -torch.inf].tolist()
+        for value, index in zip(best.values, best.indices, strict=True)
+    ]
+    paths = [*query.paths, *(gallery.paths[j] for row in found for j in row)]
+    shown = thumbnails(ImageSet(paths, torch.zeros(len(paths)).long()), _TALL)
+    queries, matches = shown[: len(query)], iter(shown[len(query) :])
+    table = [[_text(str(rank or "query")) for rank in range(1 + max(map(len, found)))]]
+    for i, row in enumerate(found):
+        note = notes[i] if notes else ""
+        table.append([_framed(queries[i], "black", note, _camera(query.camids[i]))])
+        for j in row:
+            colour = GREY if not known[i, j] else GREEN if same[i, j] else VERMILLION
+            distance = f"{max(1 - float(similarity[i, j]), 0):.2f}"
+            camera = _camera(gallery.camids[j])
+            table[-1].append(_framed(next(matches), colour, distance, camera))
+    return _sheet(table)
+
+
+def thumbnails(images: ImageSet, height: int) -> np.ndarray:
+    """Return pictures as uint8 [N, height, W, 3]; W suits the shape of the first."""
+    width = height // 2
+    with suppress(InputError), open_picture(images.paths[0]) as first:  # decode tells
+        width = round(height * min(max(first.width / first.height, 0.4), 2))
+    return decode(images, height, width)[0].numpy()
+
+
+def _camera(camid: Tensor) -> str:
+    return f"cam {int(camid)}" if camid >= 0 else ""
+
+
+def _text(text: str) -> Image.Image:
+    cell = Image.new("RGB", (round(_FONT.getlength(text)) + 2, 30), "white")
+    ImageDraw.Draw(cell).text((1, 0), text, "black", _FONT)
+    return cell
+
+
+def _framed(pixels: np.ndarray, colour: str, first: str, last: str) -> Image.Image:
+    """Return a picture in its frame, two lines below, the first with a mark."""
+    line = [_text(first)]
+    if colour in _MARKS:
+        line.append(Image.new("RGB", (20, 30), "white"))
+        ImageDraw.Draw(line[-1]).line(_MARKS[colour], colour, width=4)
+    framed = ImageOps.expand(Image.fromarray(pixels), 4, colour)
+    return _sheet([[framed], [_sheet([line], gap=4)], [_text(last)]], gap=2)
+
+
+def _sheet(table: Sequence[Sequence[Image.Image]], gap: int = 16) -> Image.Image:
+    """Paste the cells of a table, each into the middle of its column and row."""
+    columns = zip_longest(*table, fillvalue=_NOTHING)
+    wide = [max(cell.width for cell in column) + gap for column in columns]
+    tall = [max(cell.height for cell in row) + gap for row in table]
+    sheet = Image.new("RGB", (sum(wide), sum(tall)), "white")
+    for row, y, height in zip(table, accumulate(tall, initial=0), tall, strict=False):
+        for cell, x, width in zip(row, accumulate(wide, initial=0), wide, strict=False):
+            place = (x + (width - cell.width) // 2, y + (height - cell.height) // 2)
+            sheet.paste(cell, place)
+    return sheet
