@@ -68,6 +68,7 @@ class RunDirectory:
         self.path = config.directory()
         self.history: list[Metrics] = []
         self.warm_history: list[Metrics] = []
+        self.next_epoch = 0
         self.before: Metrics | None = None
         """Retrieval metrics before the first epoch; None until they are measured."""
         self._board: SummaryWriter | None = None
@@ -235,6 +236,7 @@ class RunDirectory:
         state = distributed.on_first(self._read_checkpoint)
         if state is not None:
             last, self.before = state["epoch"], state["before"]
+            self.next_epoch = last + 1
             warm = last + self.config.warm_start.epochs if last < 0 else math.inf
             self.history = _lines(self.path / "metrics.jsonl", last)
             self.warm_history = _lines(self.path / "warm_start.jsonl", warm)
@@ -281,7 +283,6 @@ class RunDirectory:
         self.warm_history.append(record)
         self._write_lines("warm_start.jsonl", self.warm_history)
 
-    @first_only
     def save(self, state: dict[str, Any], epoch: int) -> None:
         """Write the checkpoint, while the next epoch begins.
 
@@ -292,9 +293,15 @@ class RunDirectory:
         epoch : int
             The epoch that has ended.
         """
+        self.next_epoch = epoch + 1
+        distributed.on_first(
+            self._save, {"epoch": epoch, "before": self.before, **state}
+        )
+
+    def _save(self, state: dict[str, Any]) -> None:
         # By way of memory: torch does not say why it cannot write (a full disk).
         content = io.BytesIO()
-        torch.save({"epoch": epoch, "before": self.before, **state}, content)
+        torch.save(state, content)
 
         def write() -> None:
             with replacing(self.path / "checkpoint.pt") as path:
@@ -315,19 +322,17 @@ class RunDirectory:
         with replacing(self.path / name) as path:
             path.write_bytes(safetensors.torch.save(tensors))
 
-    @first_only
     def finish(self, model: ReIDModel) -> RunResult:
         """Write the trained weights and the final metrics, and return the run."""
-        self._wait()
+        distributed.on_first(self._wait)
         self.keep_weights(model, "model.safetensors")
-        summary = {
-            **self.history[-1],
-            "before": self.before,
-            "epochs": len(self.history),
-            "config_hash": self.config.hash(),
-        }
+        distributed.on_first(self._summarise)
+        return distributed.on_first(read_run, self.path)
+
+    def _summarise(self) -> None:
+        about = {"before": self.before, "epochs": len(self.history)}
+        summary = self.history[-1] | about | {"config_hash": self.config.hash()}
         self._write("summary.json", json.dumps(summary, indent=2))
-        return read_run(self.path)
 
     def _write_lines(self, name: str, records: list[Metrics]) -> None:
         self._write(name, "".join(json.dumps(record) + "\n" for record in records))

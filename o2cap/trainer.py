@@ -91,30 +91,39 @@ def train(
             return distributed.on_first(read_run, run.path)
         hardware = Hardware.choose(config)
         with hardware.in_force(config):
-            return _train(run, hardware, dataset, labels, on_epoch)
+            learner, evaluator, pids = prepare(run, hardware, dataset, labels)
+            warm_start(learner, run)
+            if run.before is None:
+                run.before = evaluator.record(learner.model)
+                logger.info("before training: %s", in_words(run.before))
+                run.keep_weights(learner.model, "start.safetensors")
+                run.save(learner.state(), epoch=-1)
+            for record in train_epochs(learner, evaluator, run, labels, pids):
+                if on_epoch is not None:
+                    on_epoch(record)
+            return run.finish(learner.model)
 
 
-def _train(
+def train_epochs(
+    learner: Learner,
+    evaluator: Evaluator,
     run: RunDirectory,
-    hardware: Hardware,
-    dataset: ReIDDataset,
     labels: Tensor | None,
-    on_epoch: Callable[[Metrics], None] | None,
-) -> RunResult:
-    config = run.config
-    learner, evaluator, pids = prepare(run, hardware, dataset, labels)
-    camids = learner.images.camids
-    next_epoch = warm_start(learner, run)
-    if run.before is None:
-        run.before = evaluator.record(learner.model)
-        logger.info("before training: %s", in_words(run.before) or "not evaluated")
-        run.keep_weights(learner.model, "start.safetensors")
-        run.save(learner.state(), epoch=-1)
+    pids: Tensor | None,
+) -> Iterator[Metrics]:
+    """Extract, cluster, split by camera, train; yield the record of each epoch.
 
-    for epoch in range(next_epoch, config.epochs):
+    `labels` are pseudo labels to use instead of clusters; `pids` are the identities,
+    where known, and only measure.
+    """
+    config, camids = learner.config, learner.images.camids
+    for epoch in range(run.next_epoch, config.epochs):
+        record: Metrics = {"epoch": epoch, "lr": learning_rate(config, epoch)}
         seconds: dict[str, float] = {}
         with stage("extract", seconds):
-            features = extract_all(learner.model, learner.pixels, config, hardware)
+            features = extract_all(
+                learner.model, learner.pixels, config, learner.hardware
+            )
         with stage("cluster", seconds):
             clusters = labels
             if clusters is None:
@@ -122,21 +131,18 @@ def _train(
             proxies = make_proxies(clusters, camids, config)
             memory = ProxyMemory.from_features(features, proxies, config.loss.momentum)
             distributed.copy_buffers(memory)
-        record: Metrics = {"epoch": epoch, "lr": learning_rate(config, epoch)}
         record |= describe_clusters(clusters, camids, pids)
         with stage("train", seconds):
             if can_train(record):
                 record |= train_epoch(learner, memory, proxies, epoch)
         with stage("evaluate", seconds):
-            if (epoch + 1) % config.evaluate_every == 0 or epoch + 1 == config.epochs:
+            if epoch + 1 == config.epochs or (epoch + 1) % config.evaluate_every == 0:
                 record |= evaluator.record(learner.model)
         record["seconds"] = seconds
         logger.info("%s", in_words(record))
         run.record(record, clusters)
         run.save(learner.state(), epoch)
-        if on_epoch is not None:
-            on_epoch(record)
-    return run.finish(learner.model)
+        yield record
 
 
 def train_epoch(
@@ -167,6 +173,8 @@ def train_epoch(
         proxies=config.batch.proxies,
         images=config.batch.images,
     )
+    # Of several processes each needs two pictures at least, for its batch norms.
+    batches = batches.repeat(1, -(-2 * distributed.size() // batches.shape[1]))
     there = proxies.to(learner.hardware.device)
     for index in progress(batches, f"epoch {epoch}"):
         anchors = learner.embed(index, generator)
@@ -177,26 +185,20 @@ def train_epoch(
     return learner.end() | {"proxies": len(proxies), "proxies_visited": visited}
 
 
-def warm_start(learner: Learner, run: RunDirectory) -> int:
+def warm_start(learner: Learner, run: RunDirectory) -> None:
     """Go on from where the run was left, or from random weights without labels.
 
     Every batch holds different pictures, each twice, changed at random, and a view
     must find the other view of its picture (:func:`o2cap.losses.instance_loss`). It
     stands in for pretrained weights, which not everybody can download.
-
-    Returns
-    -------
-    int
-        The epoch with which training goes on.
     """
     config, settings = learner.config, learner.config.warm_start
     state = run.restore()
     if state is not None:
         learner.load(state)
-        first = state["epoch"] + 1
-    else:
-        first = -settings.epochs if config.weights == "none" else 0
-    for number in range(first, 0):
+    elif config.weights == "none":
+        run.next_epoch = -settings.epochs
+    for number in range(run.next_epoch, 0):
         epoch = number + settings.epochs
         generator = learner.begin("warm start", epoch, settings.lr)
         batches = instance_batches(
@@ -212,7 +214,6 @@ def warm_start(learner: Learner, run: RunDirectory) -> int:
         run.save(learner.state(), number)
     if run.before is None:  # the training begins: with an optimizer of its own
         learner.restart()
-    return max(first, 0)
 
 
 def find_clusters(features: Tensor, camids: Tensor, config: Config) -> Tensor:
@@ -533,8 +534,11 @@ def prepare(
             f"There are {list(labels.shape)} pseudo labels for {len(images)} readable "
             "training pictures; give one for each."
         )
-    tested = [part for _, part in evaluator.decoded] or [dataset.query, dataset.gallery]
-    kept = ReIDDataset(dataset.name, images, *tested)
+    query, gallery = [part for _, part in evaluator.decoded] or (
+        dataset.query,
+        dataset.gallery,
+    )
+    kept = ReIDDataset(dataset.name, images, query, gallery)
     run.begin(dataset, kept, hardware, labels)
     announce(dataset, hardware, run)
     learner = Learner(config, hardware, model, pixels, images.without_identities())

@@ -32,9 +32,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from o2cap import cli, distributed, losses, trainer
 from o2cap.backbone import build_model
-from o2cap.config import BatchConfig, Config
+from o2cap.config import BatchConfig, Config, OptimConfig
 from o2cap.data.images import ReIDDataset
-from o2cap.errors import InputError, TrainingError
+from o2cap.errors import InputError
 from o2cap.proxies import split_by_camera
 from o2cap.trainer import train
 
@@ -63,11 +63,11 @@ def command(folder: Path, output: Path, **changes: Any) -> list[str]:
 # -------------------------------------------------------------------- several processes
 
 
-def _as_rank(rank: int, port: int, said: Path, work: Any, args: Any) -> None:
+def _as_rank(rank: int, size: int, port: int, said: Path, work: Any, args: Any) -> None:
     for name, value in {
         "RANK": rank,
         "LOCAL_RANK": rank,
-        "WORLD_SIZE": K,
+        "WORLD_SIZE": size,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
     }.items():
@@ -86,8 +86,10 @@ def forkserver() -> Any:
     return context
 
 
-def run(said: Path, work: Callable[..., int | None], *args: Any) -> list[int | None]:
-    """Let K processes do `work`, and return their exit codes, None for one that hangs.
+def run(
+    said: Path, work: Callable[..., int | None], *args: Any, size: int = K
+) -> list[int | None]:
+    """Let some processes do `work`; return their exit codes, None for one that hangs.
 
     What they say goes to the file `said`.
     """
@@ -95,8 +97,8 @@ def run(said: Path, work: Callable[..., int | None], *args: Any) -> list[int | N
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes: list[BaseProcess] = []
-    for rank in range(K):
-        given_ = (rank, port, said, work, args)
+    for rank in range(size):
+        given_ = (rank, size, port, said, work, args)
         processes.append(forkserver().Process(target=_as_rank, args=given_))
         processes[-1].daemon = True
         processes[-1].start()
@@ -116,7 +118,7 @@ def test_shares_are_all_rows_in_order(n: int, processes: int) -> None:
         for rank in range(processes):
             patch.setattr(distributed, "rank", lambda r=rank: r)
             own = list(range(n))[distributed.share(n)]
-            assert len(own) <= -(-n // processes)
+            assert n // processes <= len(own) <= -(-n // processes)
             found += own
     assert found == list(range(n))
 
@@ -133,13 +135,11 @@ def _pieces() -> None:
             weight = torch.arange(3.0 * n).view(n, 3)
             (found * weight).sum().backward()
             assert mine.grad is not None
-            assert torch.equal(mine.grad, K * weight[own])
+            assert torch.equal(mine.grad, distributed.size() * weight[own])
             numbers = torch.arange(n)
             assert torch.equal(distributed.gather(numbers[own], n), numbers)
 
         assert distributed.on_first(lambda: f"from {rank}") == "from 0"
-        nested = distributed.on_first(lambda: distributed.on_first(lambda: rank + 7))
-        assert (nested, distributed.on_first(lambda: rank + 8)) == (7, 8)
         module = nn.BatchNorm1d(2)
         module.running_mean += rank  # type: ignore[operator]
         distributed.copy_buffers(module)
@@ -151,15 +151,12 @@ def _pieces() -> None:
 
         with pytest.raises(InputError, match="refused by 0"):
             distributed.on_first(refuse, 0)
-        for culprit in range(K):
-            expected = pytest.raises(InputError, match=f"refused by {culprit}")
-            with expected, distributed.together():
-                refuse(culprit)
 
 
-def test_the_pieces(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_pieces(size: int, tmp_path: Path) -> None:
     said = tmp_path / "said"
-    assert run(said, _pieces) == [0, 0], said.read_text()
+    assert run(said, _pieces, size=size) == [0] * size, said.read_text()
 
 
 def _freeze_statistics() -> None:
@@ -178,9 +175,9 @@ def _gradient() -> None:
         model = build_model("tiny_resnet", "none", height=32, width=16).train()
         alone = copy.deepcopy(model)
         network = distributed.parallel(model, torch.device("cpu"))
-        pictures = torch.randn(12, 3, 32, 16)
-        features = network(pictures[distributed.share(12)])
-        losses.instance_loss(distributed.gather(features, 12)).backward()
+        pictures = torch.randn(14, 3, 32, 16)
+        features = network(pictures[distributed.share(14)])
+        losses.instance_loss(distributed.gather(features, 14)).backward()
         losses.instance_loss(alone(pictures)).backward()
         for mine, whole in zip(model.parameters(), alone.parameters(), strict=True):
             if whole.grad is None:
@@ -192,10 +189,11 @@ def _gradient() -> None:
             )
 
 
-def test_the_gradient_is_that_of_the_whole_batch(tmp_path: Path) -> None:
-    """With its factor: neither K times too large nor too small."""
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_gradient_is_that_of_the_whole_batch(size: int, tmp_path: Path) -> None:
+    """With its factor: neither K times too large nor too small; shares may differ."""
     said = tmp_path / "said"
-    assert run(said, _gradient) == [0, 0], said.read_text()
+    assert run(said, _gradient, size=size) == [0] * size, said.read_text()
 
 
 # ----------------------------------------------------------------- equal to one process
@@ -205,11 +203,13 @@ def _train(config: Config, data: ReIDDataset, notes: Path, frozen: bool) -> None
     """Train, and note what memory, model and records this process ends up with."""
     if frozen:
         _freeze_statistics()
+        # Adam makes whole steps of gradients so small that rounding decides them.
+        torch.optim.Adam = torch.optim.SGD  # type: ignore[misc, assignment]
     real, memories = trainer.train_epoch, []
 
     def train_epoch(*args: Any, **kwargs: Any) -> Any:
         record = real(*args, **kwargs)
-        memories.append(args[3].centroids.clone())
+        memories.append(args[1].centroids.clone())
         return record
 
     trainer.train_epoch = train_epoch
@@ -225,19 +225,26 @@ def noted(folder: Path, name: str) -> Any:
     return torch.load(folder / f"{name}.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("method", ["both", "baseline"])
-def test_two_processes_train_as_one(
-    method: Any, data: ReIDDataset, tmp_path: Path
+@pytest.mark.parametrize(("method", "size"), [("baseline", 2), ("both", 3)])
+def test_processes_train_as_one(
+    method: Any, size: int, data: ReIDDataset, tmp_path: Path
 ) -> None:
-    """Losses, memory, pseudo labels, metrics and weights, with frozen batch norm."""
+    """Losses, memory, pseudo labels, metrics and weights, with frozen batch norm.
+
+    A batch of 8 gives three processes unequal shares.
+    """
     said = tmp_path / "said"
-    config = tiny.config(tmp_path / "two", method=method, precision="off")
-    assert run(said, _train, config, data, tmp_path, True) == [0, 0], said.read_text()
+    steep = OptimConfig(lr=0.05, warmup=0.0, milestones=(0.5,))
+    config = tiny.config(tmp_path / "two", method=method, optim=steep, precision="off")
+    given_ = (config, data, tmp_path, True)
+    assert run(said, _train, *given_, size=size) == [0] * size, said.read_text()
     config = replace(config, output=tmp_path / "one")
     alone = forkserver().Process(target=_train, args=(config, data, tmp_path, True))
     alone.start()
     alone.join()
-    first, second, one = (noted(tmp_path, name) for name in ("0", "1", "alone"))
+    first, second, one = (
+        noted(tmp_path, name) for name in ("0", str(size - 1), "alone")
+    )
 
     assert first["history"] == second["history"]
     assert len(first["memories"]) == len(one["memories"]) == config.epochs
@@ -246,8 +253,7 @@ def test_two_processes_train_as_one(
         torch.testing.assert_close(x, z, rtol=0, atol=1e-5)
     for name, value in first["model"].items():
         assert torch.equal(value, second["model"][name])
-        # Adam makes whole steps of gradients so small that rounding decides them.
-        torch.testing.assert_close(value, one["model"][name], rtol=0, atol=5e-4)
+        torch.testing.assert_close(value, one["model"][name], rtol=0, atol=1e-5)
 
     assert trained(tmp_path / "two")[1] == trained(tmp_path / "one")[1]  # pseudo labels
     for name in ("warm_start.jsonl", "metrics.jsonl"):
@@ -281,43 +287,38 @@ def test_statistics_per_process_are_the_difference(
 # ----------------------------------------------------------------------------- refusals
 
 
-def test_a_batch_that_does_not_divide_is_refused_once(
-    folder: Path, tmp_path: Path
+def test_fewer_pictures_than_processes_want_are_drawn_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: ReIDDataset
 ) -> None:
-    said = tmp_path / "said"
-    sizes = {"batch.proxies": 3, "batch.images": 3}
-    assert run(said, cli.main, command(folder, tmp_path / "run", **sizes)) == [2, 2]
-    assert said.read_text().count("o2cap: ") == 1
-    assert "A batch of 9 pictures (--batch.proxies times --batch.images) does not" in (
-        said.read_text()
-    )
-    assert not (tmp_path / "run").exists()
+    """Each gets two at least, for its batch norms."""
+    drawn: list[int] = []
 
+    def embed(self: Any, index: torch.Tensor, generator: Any) -> torch.Tensor:
+        drawn.append(len(index))
+        return self.features[index]
 
-def test_batches_are_looked_at_before_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = tiny.config(tmp_path, batch=BatchConfig(proxies=3, images=1))
-    monkeypatch.setattr(distributed, "size", lambda: 3)
-    with pytest.raises(InputError, match=r"32 pictures \(twice --warm-start"):
-        trainer.check_batches(config)
-    trainer.check_batches(replace(config, weights="a file"))
-
-
-def test_an_epoch_of_too_few_proxies_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Clusters may be fewer than a batch wants, and batches smaller than usual."""
     config = tiny.config(tmp_path, batch=BatchConfig(proxies=4, images=1))
     proxies = split_by_camera(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 0]))
-    monkeypatch.setattr(distributed, "size", lambda: 2)
-    nothing: Any = None
-    with pytest.raises(TrainingError, match="3 proxies, so batches of 3 pictures"):
-        trainer.train_epoch(
-            *(nothing, nothing, nothing, nothing, proxies, nothing, config, nothing),
-            epoch=1,
-            paths=[],
-        )
+    model = build_model("tiny_resnet", "none", height=32, width=16)
+    hardware = trainer.Hardware.choose(config)
+    learner = trainer.Learner(config, hardware, model, torch.zeros(4), data.train)
+    learner.features = torch.eye(4, requires_grad=True)
+    memory = trainer.ProxyMemory.from_features(learner.features.detach(), proxies)
+    monkeypatch.setattr(trainer.Learner, "embed", embed)
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "size", lambda: 4)
+        patch.setattr(distributed, "copy_buffers", lambda module: None)
+        trainer.train_epoch(learner, memory, proxies, 0)
+    assert drawn == [9] * 3  # 3 proxies: 3 pictures, three times
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_half_an_environment_of_torchrun_is_named(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(InputError, match="torchrun"), distributed.joined():
+        pass
 
 
 def test_what_the_first_process_refuses_ends_all_with_one_sentence(
@@ -353,12 +354,12 @@ def _die(config: Config, data: ReIDDataset, victim: int) -> None:
 
 def resume(config: Config, data: ReIDDataset) -> None:
     """Finish, in one process, what several left after its first epoch."""
-    assert [record["epoch"] for record in lines(config.directory())] == [0]
-    before = (config.directory() / "metrics.jsonl").read_bytes()
+    (before,) = lines(config.directory())
     seen: list[int] = []
     train(config, data, on_epoch=lambda record: seen.append(record["epoch"]))
-    assert seen == [1, 2]
-    assert (config.directory() / "metrics.jsonl").read_bytes().startswith(before)
+    assert seen in ([1, 2], [0, 1, 2])  # was its checkpoint written already?
+    after = lines(config.directory())[0]
+    assert after["epoch"] == before["epoch"] == 0
     assert (config.directory() / "summary.json").is_file()
 
 
