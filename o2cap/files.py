@@ -85,7 +85,7 @@ def read_json(path: Path, *names: str) -> Any:
     """
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
-        return [plain[name] for name in names] if names else plain
+        return [plain[name] for name in names] if names else dict(plain)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is missing or damaged ({error}).") from error
 

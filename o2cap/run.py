@@ -42,6 +42,14 @@ logger = logging.getLogger("o2cap")
 
 Metrics = dict[str, Any]
 
+_INPUT = {
+    "dataset": "pictures (the data set)",
+    "counts": "pictures",
+    "fingerprint": "pictures (their names, sizes, cameras or identities)",
+    "kept": "pictures (those that can be read, see unreadable.txt)",
+    "pseudo_labels": "pseudo labels",
+}
+
 
 class RunDirectory:
     """What a run writes while it trains, and finds again when it is resumed.
@@ -123,11 +131,11 @@ class RunDirectory:
             return
         if not resume:
             raise InputError(f"--output {self.path} holds a run; choose another one.")
-        there, here = _flat(load(known)), _flat(self.config)
+        there, here = (_decisive(c) for c in (load(known), self.config))
         differing = [
-            f"{name} is {there[name]} there and {here[name]} here"
-            for name in here
-            if there[name] != here[name]
+            f"{name} is {there[name]} there and {value} here"
+            for name, value in here.items()
+            if there[name] != value
         ]
         if differing:
             raise InputError(
@@ -150,38 +158,33 @@ class RunDirectory:
         return (self.path / "summary.json").is_file()
 
     @first_only
-    def check_input(self, dataset: ReIDDataset, labels: Tensor | None) -> None:
+    def check_input(self, **facts: Any) -> None:
         """Refuse to go on with other pictures or labels than the run began with.
+
+        Parameters
+        ----------
+        facts
+            Entries of ``environment.json`` as they are now; see :func:`input_facts`.
 
         Raises
         ------
         InputError
-            When they differ from those that ``environment.json`` tells of.
+            When one differs from what the file says.
         """
         path = self.path / "environment.json"
-        if not path.is_file():
-            return
-        known, counts, given = read_json(path, "fingerprint", "counts", "pseudo_labels")
-        if dataset.fingerprint() != known:
-            then, now = counts["train"]["images"], len(dataset.train)
-            raise InputError(
-                f"--output {self.path} holds a run on other pictures ({then:,} to "
-                f"train on then, {now:,} now; names, sizes, cameras or identities "
-                "differ): put them back as they were, or choose another --output."
-            )
-        if _fingerprint(labels) != given:
-            raise InputError(
-                f"--output {self.path} belongs to a run with other pseudo labels, "
-                "given or found; choose another."
-            )
+        known = read_json(path) if path.is_file() else {}
+        for name, now in facts.items():
+            then = known.get(name, now)
+            if then != now:
+                raise InputError(
+                    f"--output {self.path} holds a run on other {_INPUT[name]}: "
+                    f"{json.dumps(then)} then, {json.dumps(now)} now. Put pictures and "
+                    "labels back as they were, or choose another --output."
+                )
 
     @first_only
     def begin(
-        self,
-        dataset: ReIDDataset,
-        kept: ReIDDataset,
-        hardware: Hardware,
-        labels: Tensor | None,
+        self, dataset: ReIDDataset, kept: ReIDDataset, environment: Metrics
     ) -> None:
         """Write what is known before the first step.
 
@@ -189,35 +192,20 @@ class RunDirectory:
         ----------
         dataset, kept : ReIDDataset
             All pictures, and those of them that can be read.
-
-        Raises
-        ------
-        InputError
-            When a run to be resumed began with others.
+        environment : dict
+            See :func:`describe_environment`.
         """
-        lost = [p for part in dataset.splits().values() for p in part.paths]
-        there = {p for part in kept.splits().values() for p in part.paths}
-        left_out = "".join(f"{path}\n" for path in lost if path not in there)
-        unreadable = self.path / "unreadable.txt"
         if (self.path / "environment.json").is_file():
-            before = ""
-            if unreadable.is_file():
-                before = unreadable.read_text("utf-8", "surrogateescape")
-            if before != left_out:
-                raise InputError(
-                    f"--output {self.path} belongs to a run from which "
-                    "--skip-unreadable left other pictures out (its unreadable.txt "
-                    "has them); put the files back as they were, or choose another "
-                    "--output."
-                )
             return
         text = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
         self._write("config.yaml", text)
-        if left_out:
-            self._write("unreadable.txt", left_out)
-        facts = describe_environment(self.config, dataset, hardware)
-        facts["pseudo_labels"] = _fingerprint(labels)
-        self._write("environment.json", json.dumps(facts, indent=2))
+        every, there = (
+            [str(p) for images in part.splits().values() for p in images.paths]
+            for part in (dataset, kept)
+        )
+        if lost := sorted(set(every).difference(there)):
+            self._write("unreadable.txt", "".join(f"{path}\n" for path in lost))
+        self._write("environment.json", json.dumps(environment, indent=2))
 
     def restore(self) -> dict[str, Any] | None:
         """Return the last checkpoint, if there is one, and forget what came after.
@@ -396,16 +384,22 @@ class RunResult:
             return torch.from_numpy(file["clusters"].astype(np.int64))
 
 
-def read_run(directory: Path) -> RunResult:
-    """Read a finished run.
+def read_run(directory: Path, *, finished: bool = True) -> RunResult:
+    """Read a run.
+
+    Parameters
+    ----------
+    finished : bool
+        False to read also a run that goes on; it tells no `before` yet.
 
     Raises
     ------
     InputError
         When the directory holds none, or a file in it is damaged.
     """
-    config = _finished(directory, "summary.json")
-    (before,) = read_json(directory / "summary.json", "before")
+    summary = directory / "summary.json"
+    config = _finished(directory, summary.name if finished else "metrics.jsonl")
+    before = read_json(summary, "before")[0] if summary.is_file() else {}
     environment = read_json(directory / "environment.json")
     history, warm = (
         _lines(directory / name) for name in ("metrics.jsonl", "warm_start.jsonl")
@@ -469,13 +463,7 @@ def _lines(path: Path, last: float = math.inf) -> list[Metrics]:
         raise InputError(f"{path} is damaged ({error}).") from error
 
 
-def _fingerprint(labels: Tensor | None) -> str | None:
-    if labels is None:
-        return None
-    return hashlib.sha256(labels.cpu().numpy().tobytes()).hexdigest()[:16]
-
-
-def _flat(config: Config) -> dict[str, Any]:
+def _decisive(config: Config) -> dict[str, Any]:
     """Return the settings that can change a result, groups with a dot."""
     found: dict[str, Any] = {}
     for name, value in config.to_dict().items():
@@ -486,10 +474,21 @@ def _flat(config: Config) -> dict[str, Any]:
     return found
 
 
-def describe_environment(
-    config: Config, dataset: ReIDDataset, hardware: Hardware
-) -> Metrics:
-    """Return versions, device, seed, commit, and the data's counts and fingerprint."""
+def input_facts(dataset: ReIDDataset, labels: Tensor | None) -> Metrics:
+    """Return counts and fingerprints of pictures and given labels."""
+    given = None
+    if labels is not None:
+        given = hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16]
+    return {
+        "dataset": dataset.name,
+        "counts": dataset.counts(),
+        "fingerprint": dataset.fingerprint(),
+        "pseudo_labels": given,
+    }
+
+
+def describe_environment(config: Config, hardware: Hardware) -> Metrics:
+    """Return versions, device, seed and commit."""
     packages = ("o2cap", "torch", "torchvision", "numpy", "scipy", "numba")
     device = str(hardware.device)
     if hardware.device.type == "cuda":
@@ -508,9 +507,6 @@ def describe_environment(
         "processes": distributed.size(),
         "seed": config.seed,
         "config_hash": config.hash(),
-        "dataset": dataset.name,
-        "counts": dataset.counts(),
-        "fingerprint": dataset.fingerprint(),
     }
 
 

@@ -9,28 +9,33 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Generator, Tensor, nn
-from torch.amp import GradScaler
+from torch import Tensor
 from tqdm import tqdm
 
 from o2cap import distributed, losses
-from o2cap.backbone import ReIDModel, build_model
+from o2cap.backbone import build_model
 from o2cap.clustering import dbscan, jaccard_distance
 from o2cap.config import Config
 from o2cap.data import load_configured
-from o2cap.data.images import ImageSet, ReIDDataset
+from o2cap.data.images import ReIDDataset
 from o2cap.data.loading import decode
 from o2cap.data.samplers import instance_batches, proxy_batches
-from o2cap.data.transforms import augment
 from o2cap.device import Hardware
-from o2cap.errors import InputError, TrainingError
+from o2cap.errors import InputError
 from o2cap.evaluation import Evaluator, check_parts, clustering_quality
-from o2cap.features import autocast, extract_all, upload
+from o2cap.features import extract_all
+from o2cap.learner import Learner
 from o2cap.neighbours import nearest_neighbours
 from o2cap.proxies import CameraProxies, ProxyMemory, split_by_camera
-from o2cap.run import Metrics, RunDirectory, RunResult, read_run
+from o2cap.run import (
+    Metrics,
+    RunDirectory,
+    RunResult,
+    describe_environment,
+    input_facts,
+    read_run,
+)
 
 logger = logging.getLogger("o2cap")
 
@@ -83,15 +88,20 @@ def train(
         labels = pseudo_labels
         if labels is not None:
             labels = labels.cpu()
-            if labels.dtype != torch.int64:
-                raise InputError(f"pseudo_labels must be int64, not {labels.dtype}.")
-        run.check_input(dataset, labels)
+            if labels.dtype != torch.int64 or labels.shape != (len(dataset.train),):
+                raise InputError(
+                    f"pseudo_labels must be int64, one for each of the "
+                    f"{len(dataset.train)} training pictures, not {labels.dtype} "
+                    f"{list(labels.shape)}."
+                )
+        facts = input_facts(dataset, labels)
+        run.check_input(**facts)
         if run.finished():
             logger.info("%s is finished already", run.path)
             return distributed.on_first(read_run, run.path)
         hardware = Hardware.choose(config)
         with hardware.in_force(config):
-            learner, evaluator, pids = prepare(run, hardware, dataset, labels)
+            learner, evaluator, pids = prepare(run, hardware, dataset, facts)
             warm_start(learner, run)
             if run.before is None:
                 run.before = evaluator.record(learner.model)
@@ -322,177 +332,11 @@ def learning_rate(config: Config, epoch: int) -> float:
     return settings.lr * factor
 
 
-# ----------------------------------------------------------------------- what learns
-
-
-class Learner:
-    """What learns: a network with its optimizer, and the pictures it learns from.
-
-    The warm start and the training share its step.
-
-    Parameters
-    ----------
-    config, hardware
-        The settings, and what to compute on.
-    model : ReIDModel
-        The network; moved to the device.
-    pixels : uint8 Tensor [N, H, W, 3]
-        Training pictures, decoded; moved to the GPU if they fit there.
-    images : ImageSet
-        The same pictures' files and cameras. It has no identities.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        hardware: Hardware,
-        model: ReIDModel,
-        pixels: Tensor,
-        images: ImageSet,
-    ) -> None:
-        device = hardware.device
-        if device.type == "cuda" and pixels.numel() < torch.cuda.mem_get_info()[0] / 4:
-            pixels = pixels.to(device)
-        self.config, self.hardware, self.images = config, hardware, images
-        self.pixels = pixels
-        self.model = model.to(device).to(memory_format=torch.channels_last)
-        # the model, or what several processes train it through
-        self.network: nn.Module = distributed.parallel(self.model, device)
-        self.restart()
-
-    def restart(self) -> None:
-        """Take a new optimizer: Adam, its weight decay coupled (an L2 penalty)."""
-        device = self.hardware.device.type
-        self.optimizer = torch.optim.Adam(
-            [p for p in self.model.parameters() if p.requires_grad],
-            weight_decay=self.config.optim.weight_decay,
-            fused=device == "cuda",
-        )
-        fp16 = self.hardware.precision == "fp16"
-        self.scaler = GradScaler(device, enabled=fp16)
-
-    def begin(self, stage: str, epoch: int, lr: float) -> Generator:
-        """Begin an epoch, and return what decides its batches and changes.
-
-        Every epoch is seeded anew, so that a resumed run draws what an uninterrupted
-        one would have drawn, with no generator's state to carry over. Processes draw
-        the same batches and changes, and each its own dropout.
-        """
-        self.stage, self.epoch = stage, epoch
-        self.seen: list[Tensor] = []
-        self.losses: list[dict[str, Tensor]] = []
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.network.train()
-        seed = seed_of(self.config.seed, stage, epoch)
-        torch.manual_seed(seed + distributed.rank())
-        return Generator().manual_seed(seed)
-
-    def embed(self, index: Tensor, generator: Generator, jitter: float = 0.0) -> Tensor:
-        """Return the features of pictures changed at random, with gradient.
-
-        Parameters
-        ----------
-        index : LongTensor [B]
-            Numbers of the pictures, on the CPU.
-        generator : Generator
-            Decides the changes.
-        jitter : float
-            Strength of the colour jitter.
-
-        Returns
-        -------
-        FloatTensor [B, D]
-            Of the whole batch; each process embeds its share.
-        """
-        self.seen.append(index)
-        changes, device = self.config.augment, self.hardware.device
-        there = index.to(self.pixels.device, non_blocking=True)
-        pictures = augment(
-            upload(self.pixels[there], device),
-            generator,
-            flip=changes.flip,
-            pad=changes.pad,
-            erase=changes.erase,
-            jitter=jitter,
-            rows=distributed.share(len(index)),
-        )
-        with autocast(device, self.hardware.precision):
-            features = self.network(pictures)
-        return distributed.gather(features, len(index))
-
-    def step(self, found: dict[str, Tensor]) -> None:
-        """Change the weights to lower the sum of these losses."""
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(torch.stack(list(found.values())).sum()).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        # Looked at once per epoch: asking a GPU for each loss would wait for it.
-        self.losses.append({name: loss.detach() for name, loss in found.items()})
-
-    def end(self) -> Metrics:
-        """End an epoch: return the mean losses, and refuse one that broke the network.
-
-        A loss tells of the weights before its step only; so the weights that the last
-        step left are looked at too. This is the one place that looks.
-
-        Raises
-        ------
-        TrainingError
-            Names the epoch, the learning rate and pictures of the batch.
-        """
-        distributed.copy_buffers(self.network)
-        names = list(self.losses[0])
-        found = torch.stack([torch.stack([*x.values()]) for x in self.losses]).cpu()
-        broken = ~found.isfinite().all(dim=1)
-        numbers = [x for x in self.model.state_dict().values() if x.is_floating_point()]
-        if broken.any() or not torch.stack([x.isfinite().all() for x in numbers]).all():
-            at = int(broken.nonzero()[0]) if broken.any() else len(found) - 1
-            some = ", ".join(str(self.images.paths[i]) for i in self.seen[at][:4])
-            lr = self.optimizer.param_groups[0]["lr"]
-            group = "optim" if self.stage == "train" else "warm-start"
-            raise TrainingError(
-                f"Losses or weights are not finite after epoch {self.epoch} of the "
-                f"{self.stage}, from iteration {at} on (learning rate {lr:g}; pictures "
-                f"{some}, ...); nothing of this epoch is kept. Lower --{group}.lr, or "
-                "try --precision off."
-            )
-        mean = dict(zip(names, found.mean(dim=0).tolist(), strict=True))
-        return {
-            "loss": sum(mean.values()),
-            **{f"loss_{name}": value for name, value in mean.items()},
-        }
-
-    def state(self) -> dict[str, Any]:
-        """Return all that a resumed run needs."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state` returned, perhaps on another device."""
-        self.model.load_state_dict(state["model"])
-        fused = self.optimizer.param_groups[0]["fused"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["fused"] = fused  # how this device computes, not the one before
-        if state["scaler"]:  # empty if the device before needed none
-            self.scaler.load_state_dict(state["scaler"])
-
-
-def seed_of(seed: int, stage: str, epoch: int) -> int:
-    """Return the seed of one epoch's random numbers."""
-    words = [seed, int.from_bytes(stage.encode(), "big") % 2**32, epoch]
-    return int(np.random.SeedSequence(words).generate_state(1, np.uint32)[0])
-
-
 # --------------------------------------------------------------- before the first epoch
 
 
 def prepare(
-    run: RunDirectory, hardware: Hardware, dataset: ReIDDataset, labels: Tensor | None
+    run: RunDirectory, hardware: Hardware, dataset: ReIDDataset, facts: Metrics
 ) -> tuple[Learner, Evaluator, Tensor | None]:
     """Read the pictures and build the network.
 
@@ -529,17 +373,14 @@ def prepare(
         skip_unreadable=config.skip_unreadable,
     )
     evaluator = Evaluator(config, dataset, hardware)
-    if labels is not None and labels.shape != (len(images),):
-        raise InputError(
-            f"There are {list(labels.shape)} pseudo labels for {len(images)} readable "
-            "training pictures; give one for each."
-        )
     query, gallery = [part for _, part in evaluator.decoded] or (
         dataset.query,
         dataset.gallery,
     )
     kept = ReIDDataset(dataset.name, images, query, gallery)
-    run.begin(dataset, kept, hardware, labels)
+    facts = facts | {"kept": kept.fingerprint()}
+    run.check_input(**facts)
+    run.begin(dataset, kept, describe_environment(config, hardware) | facts)
     announce(dataset, hardware, run)
     learner = Learner(config, hardware, model, pixels, images.without_identities())
     return learner, evaluator, images.pids

@@ -28,6 +28,7 @@ BUDGETS = {
     "o2cap/losses.py": 130,
     "o2cap/evaluation.py": 140,
     "o2cap/trainer.py": 330,
+    "o2cap/learner.py": 110,
     "o2cap/run.py": 240,
     "o2cap/inference.py": 180,
     "o2cap/cli.py": 230,
