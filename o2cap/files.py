@@ -1,10 +1,13 @@
-"""Files of a run: written so that nobody ever finds half of one, read with care."""
+"""Files: written so that nobody ever finds half of one, read with care, and a cache."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import logging
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,6 +91,39 @@ def read_json(path: Path, *names: str) -> Any:
         return [plain[name] for name in names] if names else dict(plain)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is missing or damaged ({error}).") from error
+
+
+def cache_folder() -> Path:
+    """Return where rendered pictures and compiled code are kept.
+
+    That is what O2CAP_CACHE names, else the system's own place for such files. Where it
+    cannot be written (a container without a home), it is a folder for temporary files
+    that only this user can write.
+    """
+    usual = {"win32": "~/AppData/Local", "darwin": "~/Library/Caches"}
+    usual_here = os.environ.get("XDG_CACHE_HOME") or usual.get(sys.platform, "~/.cache")
+    folder = Path(os.environ.get("O2CAP_CACHE") or f"{usual_here}/o2cap")
+    try:
+        folder = folder.expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
+        return _private_folder(folder)
+    return folder if os.access(folder, os.W_OK) else _private_folder(folder)
+
+
+@functools.cache
+def _private_folder(instead_of: Path) -> Path:
+    folder = Path(tempfile.gettempdir(), f"o2cap-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():  # somebody else's trap
+        folder = Path(tempfile.mkdtemp(prefix="o2cap-"))
+    logging.getLogger("o2cap").warning(
+        "%s cannot be written; rendered pictures and compiled code are kept in %s "
+        "(O2CAP_CACHE may name another folder)",
+        instead_of,
+        folder,
+    )
+    return folder
 
 
 def _umask() -> int:
