@@ -42,14 +42,6 @@ logger = logging.getLogger("o2cap")
 
 Metrics = dict[str, Any]
 
-_INPUT = {
-    "dataset": "pictures (the data set)",
-    "counts": "pictures",
-    "fingerprint": "pictures (their names, sizes, cameras or identities)",
-    "kept": "pictures (those that can be read, see unreadable.txt)",
-    "pseudo_labels": "pseudo labels",
-}
-
 
 class RunDirectory:
     """What a run writes while it trains, and finds again when it is resumed.
@@ -177,9 +169,9 @@ class RunDirectory:
             then = known.get(name, now)
             if then != now:
                 raise InputError(
-                    f"--output {self.path} holds a run on other {_INPUT[name]}: "
-                    f"{json.dumps(then)} then, {json.dumps(now)} now. Put pictures and "
-                    "labels back as they were, or choose another --output."
+                    f"--output {self.path} holds a run on other pictures or pseudo "
+                    f"labels ({name}: {json.dumps(then)} then, {json.dumps(now)} now): "
+                    "put them back as they were, or choose another --output."
                 )
 
     @first_only
@@ -519,9 +511,8 @@ def _commit() -> str | None:
     git = ["git", "-C", str(Path(__file__).parent)]
     tracked = [*git, "ls-files", "--error-unmatch", Path(__file__).name]
     describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    how: dict[str, Any] = {"capture_output": True, "text": True, "check": True}
     try:
-        subprocess.run(tracked, timeout=10, **how)
-        return subprocess.run(describe, timeout=10, **how).stdout.strip()
+        subprocess.run(tracked, timeout=10, capture_output=True, check=True)
+        return subprocess.check_output(describe, timeout=10, text=True).strip()
     except (OSError, subprocess.SubprocessError):
         return None

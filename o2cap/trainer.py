@@ -378,7 +378,7 @@ def prepare(
         dataset.gallery,
     )
     kept = ReIDDataset(dataset.name, images, query, gallery)
-    facts = facts | {"kept": kept.fingerprint()}
+    facts = facts | {"readable": kept.fingerprint()}
     run.check_input(**facts)
     run.begin(dataset, kept, describe_environment(config, hardware) | facts)
     announce(dataset, hardware, run)

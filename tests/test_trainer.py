@@ -462,7 +462,7 @@ def test_a_run_is_not_mixed_with_one_on_given_labels(
 ) -> None:
     """The supervised bound never passes for the method, nor the reverse."""
     before = snapshot(whole)
-    with pytest.raises(InputError, match="other pseudo labels"):
+    with pytest.raises(InputError, match="pseudo_labels: null then"):
         train(tiny.config(whole), data, pseudo_labels=data.train.pids)
     assert snapshot(whole) == before
 
@@ -714,7 +714,7 @@ def test_a_run_goes_on_with_the_pictures_that_it_began_with_or_not_at_all(
     small = tmp_path / "small.gif"
     Image.new("L", (1, 1)).save(small)
     file.write_bytes(small.read_bytes().ljust(len(damaged), b"\0"))
-    with pytest.raises(InputError, match=r"other pictures .*unreadable\.txt"):
+    with pytest.raises(InputError, match=r"other pictures .*readable"):
         train(config, broken)
     file.write_bytes(damaged)
     train(config, broken)
