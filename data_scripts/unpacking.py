@@ -29,7 +29,8 @@ from typing import IO, Any, NamedTuple
 
 from tqdm import tqdm
 
-from o2cap.data.readers import Verification, verify_dataset
+from o2cap.data.images import LEFT_BEHIND
+from o2cap.data.readers import Reading, verify_dataset
 from o2cap.errors import InputError
 
 
@@ -116,7 +117,7 @@ def unpack(
     *,
     strict: bool = True,
     limits: Limits | None = None,
-) -> Verification:
+) -> Reading:
     """Unpack and verify `source` into `destination`, or verify what is there already.
 
     Parameters
@@ -134,7 +135,7 @@ def unpack(
 
     Returns
     -------
-    Verification
+    Reading
         Counts of what lies in `destination`.
 
     Raises
@@ -200,9 +201,7 @@ _DAMAGE = (
 )
 
 
-def _verify(
-    benchmark: Benchmark, folder: Path, strict: bool, way_out: str
-) -> Verification:
+def _verify(benchmark: Benchmark, folder: Path, strict: bool, way_out: str) -> Reading:
     verification = verify_dataset(benchmark.name, folder)
     if verification.problems and strict:
         wrong = "; ".join(verification.problems)
@@ -250,7 +249,7 @@ def _copy(source: Path, folder: Path, limits: Limits) -> None:
         folder.mkdir(exist_ok=True)
         for entry in tqdm(entries(), total=files, unit=" files", disable=None):
             parts = entry.path.split("/")
-            if any(part.startswith(".") or part == "__MACOSX" for part in parts):
+            if any(p.startswith(".") or p.lower() in LEFT_BEHIND for p in parts):
                 continue
             target = folder.joinpath(*parts)
             if target.is_file() and target.stat().st_size == entry.size:

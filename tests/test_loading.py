@@ -1,8 +1,8 @@
-"""Decoding, random changes, and which pictures are drawn when."""
+"""Decoding: every mode, every damage, one size; in memory or on the disk."""
 
-import os
 import resource
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,16 +11,10 @@ import psutil
 import pytest
 import torch
 from PIL import Image
-from torch import Generator
 
-from o2cap.data import loading
 from o2cap.data.images import ImageSet
-from o2cap.data.loading import decode, read_picture
+from o2cap.data.loading import decode, find_grey_range, read_picture
 from o2cap.errors import InputError
-
-
-def seeded(seed: int = 0) -> Generator:
-    return Generator().manual_seed(seed)
 
 
 def noise_picture(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -45,61 +39,191 @@ def test_resize_is_bicubic_as_in_pillow(tmp_path: Path) -> None:
     original.save(tmp_path / "a.png")
     expected = np.asarray(original.resize((16, 32), Image.Resampling.BICUBIC))
     found = read_picture(tmp_path / "a.png", 32, 16)
-    assert found.shape == (32, 16, 3)
-    assert found.dtype == np.uint8
+    assert found.shape == (32, 16, 3) and found.dtype == np.uint8
     assert np.array_equal(found, expected)
-
-
-def test_a_picture_of_the_right_size_is_kept_bit_for_bit(tmp_path: Path) -> None:
-    pixels = noise_picture(8, 6)
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    assert np.array_equal(read_picture(tmp_path / "a.png", 8, 6), pixels)
+    # of the right size it is kept bit for bit
+    assert np.array_equal(read_picture(tmp_path / "a.png", 37, 21), original)
 
 
 def flat(mode: str, value: object) -> Image.Image:
     return Image.new(mode, (6, 8), value)
 
 
-def sixteen_bit(big_endian: bool) -> Image.Image:
-    grey = np.full((8, 6), 200 * 256 + 17, dtype=">u2" if big_endian else "<u2")
-    return Image.fromarray(grey)
-
-
-def palette() -> Image.Image:
+def palette(mode: str) -> Image.Image:
     picture = flat("P", 3)
     picture.putpalette([0, 0, 0] * 3 + [10, 120, 250] + [0, 0, 0] * 252)
-    return picture
+    return picture.convert("PA") if mode == "PA" else picture
 
 
+def deep(kind: str) -> Image.Image:
+    """A quarter of the way from black, 7000, to white, 7400."""
+    return Image.fromarray(np.full((8, 6), 7100, dtype=kind))
+
+
+GREY, BLUE = (77, 77, 77), (10, 120, 250)
+QUARTER = (64, 64, 64)
 MODES: dict[str, tuple[Callable[[], Image.Image], str, tuple[int, int, int]]] = {
-    "grey": (lambda: flat("L", 77), "a.png", (77, 77, 77)),
-    "black and white": (lambda: flat("1", 1), "a.png", (255, 255, 255)),
-    "grey with alpha": (lambda: flat("LA", (77, 128)), "a.png", (77, 77, 77)),
-    "alpha": (lambda: flat("RGBA", (10, 120, 250, 128)), "a.png", (10, 120, 250)),
-    "palette": (palette, "a.png", (10, 120, 250)),
-    "palette gif": (palette, "a.gif", (10, 120, 250)),
-    "cmyk": (lambda: flat("CMYK", (0, 255, 255, 0)), "a.tif", (255, 0, 0)),
-    "16 bits": (lambda: sixteen_bit(False), "a.png", (200, 200, 200)),
-    "16 bits, tiff": (lambda: sixteen_bit(False), "a.tif", (200, 200, 200)),
-    "16 bits, big endian": (lambda: sixteen_bit(True), "a.tif", (200, 200, 200)),
+    "1": (lambda: flat("1", 1), "a.png", (255, 255, 255)),
+    "L": (lambda: flat("L", 77), "a.png", GREY),
+    "LA": (lambda: flat("LA", (77, 128)), "a.png", GREY),
+    "P": (lambda: palette("P"), "a.png", BLUE),
+    "P, gif": (lambda: palette("P"), "a.gif", BLUE),
+    "PA": (lambda: palette("PA"), "a.tif", BLUE),
+    "RGB": (lambda: flat("RGB", BLUE), "a.bmp", BLUE),
+    "RGBX": (lambda: flat("RGBX", (*BLUE, 0)), "a.tif", BLUE),
+    "RGBA": (lambda: flat("RGBA", (*BLUE, 128)), "a.png", BLUE),
+    "RGBA, webp": (lambda: flat("RGBA", (0, 0, 0, 9)), "a.webp", (0, 0, 0)),
+    "CMYK": (lambda: flat("CMYK", (0, 255, 255, 0)), "a.tif", (255, 0, 0)),
+    "YCbCr": (lambda: flat("YCbCr", (77, 128, 128)), "a.tif", GREY),
+    # L* = 50.2 of a neutral grey is 119 in sRGB
+    "LAB": (lambda: flat("LAB", (128, 128, 128)), "a.tif", (119, 119, 119)),
+    "I;16": (lambda: deep("<u2"), "a.png", QUARTER),
+    "I;16, tiff": (lambda: deep("<u2"), "a.tif", QUARTER),
+    "I;16B": (lambda: deep(">u2"), "a.tif", QUARTER),
+    "I": (lambda: deep("<i4"), "a.tif", QUARTER),
+    "F": (lambda: deep("<f4"), "a.tif", QUARTER),
 }
 
 
-@pytest.mark.parametrize("case", MODES.values(), ids=MODES)
-def test_every_colour_mode_becomes_rgb(case: tuple, tmp_path: Path) -> None:
-    make, name, colour = case
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_becomes_rgb_by_its_rule(mode: str, tmp_path: Path) -> None:
+    make, name, colour = MODES[mode]
     make().save(tmp_path / name)
-    found = read_picture(tmp_path / name, 8, 6)
+    with Image.open(tmp_path / name) as written:
+        assert written.mode == mode.split(",")[0].replace("RGBX", "RGB")
+    found = read_picture(tmp_path / name, 8, 6, (7000, 7400))
     assert np.array_equal(found, np.broadcast_to(np.uint8(colour), (8, 6, 3)))
 
 
-def test_a_rotation_noted_in_exif_is_applied(tmp_path: Path) -> None:
-    upright = noise_picture(12, 6)
-    lying = Image.fromarray(np.rot90(upright).copy())  # as a turned sensor stores it
+def test_every_mode_that_pillow_knows_has_a_rule() -> None:
+    """HSV is in no file that is read; La alone is refused, by Pillow."""
+    known = {mode.split(",")[0] for mode in MODES}
+    native = {"I;16L", "I;16N", "RGBa"}  # other spellings of I;16 and RGBA
+    assert known | native | {"HSV", "La"} >= set(Image.MODES)
+    assert flat("HSV", (0, 255, 255)).convert("RGB").getpixel((0, 0)) == (255, 0, 0)
+    with pytest.raises(ValueError, match="conversion from La"):
+        flat("La", (77, 128)).convert("RGB")
+
+
+def test_sixteen_bit_colour_keeps_its_upper_bits(tmp_path: Path) -> None:
+    """A PNG of one pixel; Pillow reads such files and cannot write them."""
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        code = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + code
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))
+    row = chunk(b"IDAT", zlib.compress(struct.pack(">B3H", 0, 10 << 8, 30783, 65535)))
+    path = tmp_path / "a.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + row + chunk(b"IEND", b""))
+    assert read_picture(path, 1, 1).tolist() == [[[10, 120, 255]]]
+
+
+# ------------------------------------------ more than 8 bits of grey
+
+
+def thermal(folder: Path, kind: str, suffix: str) -> list[Path]:
+    """Two pictures of a warm and a cold day, and a colour one; 54 levels in each."""
+    paths = []
+    for name, start in (("warm", 7200), ("cold", 7000)):
+        levels = np.arange(start, start + 54).repeat(20)[: 40 * 27].reshape(40, 27)
+        levels[0, 0] = 65535 if "u2" in kind else 0  # a dead pixel
+        paths.append(folder / f"{name}{suffix}")
+        Image.fromarray(levels.astype(kind)).save(paths[-1])
+    paths.append(folder / "colour.png")
+    Image.fromarray(noise_picture(40, 27)).save(paths[-1])
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("kind", "suffix"),
+    [("<u2", ".png"), ("<u2", ".tif"), ("<i4", ".tif"), ("<f4", ".tif")],
+)
+def test_a_thermal_set_has_one_range(kind: str, suffix: str, tmp_path: Path) -> None:
+    paths = thermal(tmp_path, kind, suffix)
+    grey = find_grey_range([*paths, tmp_path / "nowhere.png"])
+    assert grey is not None
+    np.testing.assert_allclose(grey, (7000, 7253), atol=1)
+    warm, cold, colour = (read_picture(path, 40, 27, grey) for path in paths)
+    # Grey levels survive, and a warm day stays warmer than a cold one.
+    for picture in (warm, cold):
+        assert len(np.unique(picture[1:])) >= 53
+        assert (np.diff(picture[1:, :, 0].flatten().astype(int)) >= 0).all()
+    assert warm[1:].min() > cold[1:].max() > 40
+    assert cold[1:].min() <= 2 and warm[1:].max() >= 253
+    assert np.array_equal(colour, noise_picture(40, 27))
+    assert find_grey_range(paths[2:]) is None
+    images = ImageSet(paths, torch.arange(3), grey_range=grey)
+    assert np.array_equal(decode(images, 40, 27)[0].numpy(), [warm, cold, colour])
+    with pytest.raises(
+        InputError, match=r"warm.* more than 8 bits of grey, .* neither"
+    ):
+        decode(replace(images, grey_range=None), 40, 27)
+
+
+def test_grey_of_one_value_and_of_none(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 5, np.uint16)).save(tmp_path / "one.png")
+    holes = np.full((4, 4), np.nan, np.float32)
+    Image.fromarray(holes).save(tmp_path / "nan.tif")
+    grey = find_grey_range([tmp_path / "one.png", tmp_path / "nan.tif"])
+    assert grey == (5, 6)
+    assert read_picture(tmp_path / "one.png", 4, 4, grey).max() == 0
+    with pytest.raises(InputError, match=r"nan\.tif .* no finite numbers"):
+        read_picture(tmp_path / "nan.tif", 4, 4, grey)
+
+
+# ------------------------------------------ EXIF
+
+
+UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    1: lambda a: a,
+    3: lambda a: a[::-1, ::-1],
+    6: lambda a: np.rot90(a, 3),
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+}
+
+
+@pytest.mark.parametrize("turned", UPRIGHT)
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_a_rotation_noted_in_exif_is_applied(
+    turned: int, suffix: str, tmp_path: Path
+) -> None:
+    stored = noise_picture(12, 6)
     exif = Image.Exif()
-    exif[274] = 6  # "turn by 90 degrees clockwise to show"
-    lying.save(tmp_path / "a.png", exif=exif)
-    assert np.array_equal(read_picture(tmp_path / "a.png", 12, 6), upright)
+    exif[274] = turned
+    Image.fromarray(stored).save(tmp_path / f"a{suffix}", exif=exif)
+    expected = UPRIGHT[turned](stored)
+    found = read_picture(tmp_path / f"a{suffix}", *expected.shape[:2])
+    assert np.array_equal(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*(tag|EXIF|Truncated):UserWarning")
+def test_damaged_exif_is_no_reason_to_refuse_a_picture(tmp_path: Path) -> None:
+    """Its rotation counts as far as it can be read."""
+    path, exif = tmp_path / "a.jpg", Image.Exif()
+    exif[271], exif[274], exif[282] = "maker", 6, 72.0
+    Image.fromarray(noise_picture(12, 6)).save(path, exif=exif, quality=95)
+    whole, content = read_picture(path, 6, 12), path.read_bytes()
+    start = content.index(b"Exif\0\0") + 6
+    end = start + int.from_bytes(content[start - 8 : start - 6], "big") - 8
+    chance, turned = np.random.default_rng(0), 0
+    for _ in range(60):
+        broken = bytearray(content)
+        broken[chance.integers(start, end)] = chance.integers(256)
+        path.write_bytes(broken)
+        turned += np.array_equal(read_picture(path, 6, 12), whole)
+    assert 30 < turned < 60
+    # A tag of another type than it should be, beside a good rotation.
+    place = content.index(b"\x01\x1a\x00\x05", start)
+    broken = bytearray(content)
+    broken[place + 3] = 2
+    path.write_bytes(broken)
+    assert np.array_equal(read_picture(path, 6, 12), whole)
+
+
+# ------------------------------------------ what cannot be read
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png"])
@@ -203,7 +327,7 @@ def test_decode_stops_when_nothing_is_readable(tmp_path: Path) -> None:
     images = write_set(tmp_path, 3)
     for path in images.paths:
         damage(path, "empty")
-    with pytest.raises(InputError, match="None of the 3"):
+    with pytest.raises(InputError, match=r"00\.png .* 2 more cannot be read"):
         decode(images, 16, 8, skip_unreadable=True)
 
 
@@ -243,25 +367,8 @@ def test_decode_says_when_the_disk_is_too_small_as_well(
         resource.setrlimit(resource.RLIMIT_FSIZE, (2 * 16 * 8 * 3 - 1, limits[1]))
         with pytest.raises(InputError, match=r"GiB, which neither .* TMPDIR"):
             decode(images, 16, 8)
-        monkeypatch.delattr("os.posix_fallocate", raising=False)
-        with pytest.raises(InputError, match=r"GiB, which neither .* TMPDIR"):
-            decode(images, 16, 8)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-@pytest.mark.parametrize("how", ["reserve", "write"])
-def test_room_on_the_disk_is_taken_before_it_is_used(
-    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A mapped file that grows as it is written to kills the program on a full disk."""
-    if how == "write":
-        monkeypatch.delattr("os.posix_fallocate", raising=False)
-    size = 2**24 + 5000  # more than a block
-    with (tmp_path / "file").open("w+b") as file:
-        loading._reserve(file, size)
-        found = os.fstat(file.fileno())
-        assert found.st_size == size and found.st_blocks * 512 >= size
 
 
 def test_processes_of_one_machine_share_its_memory(

@@ -54,13 +54,9 @@ def test_normalise_takes_any_layout_and_leaves_its_input() -> None:
     assert floats.equal(pixels.float())
 
 
-def test_nothing_asked_for_is_normalisation_only() -> None:
-    pixels = random_batch(4, 12, 6)
-    assert still(pixels).equal(normalise(pixels))
-
-
-def test_flip_always_and_half_the_time() -> None:
+def test_flip_never_always_and_half_the_time() -> None:
     pixels = random_batch(400, 6, 4)
+    assert still(pixels).equal(normalise(pixels))  # nothing asked for
     assert still(pixels, flip=1.0).equal(normalise(pixels.flip(2)))
     found = as_bytes(still(pixels, flip=0.5))
     flipped = (found == pixels.flip(2)).flatten(1).all(dim=1)
@@ -100,7 +96,7 @@ def test_crop_is_a_window_into_the_black_framed_picture() -> None:
 def test_the_frame_is_a_share_of_the_height() -> None:
     # the paper's 10 pixels at 256; 2 or 3 at 64
     for height, border in ((256, 10), (128, 5), (64, 2)):
-        white = torch.full((200, height, 32, 3), 255, dtype=torch.uint8)
+        white = torch.full((120, height, 24, 3), 255, dtype=torch.uint8)
         black_rows = (as_bytes(still(white, pad=10 / 256)) == 0).all(dim=3).all(dim=2)
         assert int(black_rows.sum(dim=1).max()) == border
 
@@ -121,29 +117,25 @@ def erased_boxes(height: int, width: int, count: int, probability: float) -> Ten
 def test_erasing_fills_the_mean_colour_with_the_right_statistics() -> None:
     # Ledger 4: the fill is 0 after normalisation. Large enough that rounding the
     # sides to whole pixels is a small thing.
-    boxes = erased_boxes(120, 60, 1000, 0.5).double()
-    assert 500 - 64 <= len(boxes) <= 500 + 64  # 4 standard deviations
+    boxes = erased_boxes(120, 60, 300, 0.5).double()
+    assert 150 - 35 <= len(boxes) <= 150 + 35  # 4 standard deviations
     area = boxes.prod(dim=1) / (120 * 60)
     aspect = boxes[:, 0] / boxes[:, 1]
-    assert 0.018 < area.min() < 0.03
+    assert 0.018 < area.min() < 0.04
     assert 0.35 < area.max() < 0.41
     assert 0.25 < aspect.min() < 0.45
-    assert 3.0 < aspect.max() < 3.6
+    assert 2.8 < aspect.max() < 3.6
     assert boxes[:, 0].max() < 120
     assert boxes[:, 1].max() < 60
 
 
 def test_erasing_is_uniform_in_area_where_every_box_fits() -> None:
     # In a square picture at most 40 % large no try is refused below sqrt(3.3 * .4).
-    boxes = erased_boxes(80, 80, 800, 1.0).double()
-    area = boxes.prod(dim=1) / 80**2
+    boxes = erased_boxes(60, 60, 500, 1.0).double()
+    assert len(boxes) == 500
+    area = boxes.prod(dim=1) / 60**2
     small = area[area < 0.25]
     assert kstest(small, "uniform", args=(0.02, 0.23)).pvalue > 0.01
-
-
-def test_erasing_always_and_never() -> None:
-    assert len(erased_boxes(64, 32, 200, 1.0)) == 200
-    assert len(erased_boxes(64, 32, 200, 0.0)) == 0
 
 
 def test_erased_boxes_reach_every_border() -> None:
@@ -212,7 +204,7 @@ def test_a_gpus_way_gives_the_same_pictures(
 ) -> None:
     """Without a kernel a picture: gathers and masks, here on the CPU."""
     pixels = torch.randint(256, (12, 20, 10, 3), dtype=torch.uint8)
-    for seed in range(20):
+    for seed in range(5):
         found = []
         for by_picture in (True, False):
             monkeypatch.setattr(

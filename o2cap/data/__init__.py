@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,11 @@ __all__ = ["ImageSet", "ReIDDataset", "load_configured", "load_dataset"]
 
 logger = logging.getLogger("o2cap")
 
-# The embedded data sets: what they render, and the size they are rendered at.
-EMBEDDED = {"synthetic": ("person", 64, 32), "synthetic-vehicles": ("vehicle", 64, 64)}
+# The rendered sets, and what they fix: `synthetic` shows what synthetic.kind says.
+EMBEDDED: dict[str, dict[str, Any]] = {
+    "synthetic": {},
+    "synthetic-vehicles": {"kind": "vehicle"},
+}
 
 
 def load_dataset(
@@ -41,8 +44,8 @@ def load_dataset(
         Whether a count of images, identities or cameras that differs from the
         published one is an error; it is a warning otherwise.
     skip_missing : bool
-        Leave pictures out that a manifest names and that do not exist, with a
-        warning, instead of stopping.
+        Leave out, with a warning, pictures that a manifest names and that do not
+        exist, and folders that cannot be read, instead of stopping.
     **options
         For msmt17 `val` (bool, True): train on the pictures of list_val.txt too. For
         the rendered sets the fields of `SyntheticConfig`, and `height`, `width`,
@@ -56,75 +59,44 @@ def load_dataset(
     Raises
     ------
     InputError
-        When the name or an option is unknown, `root` does not hold the layout, files
-        are missing or misnamed, or counts differ under `strict`.
+        When the name is unknown, `root` does not hold the layout, files are missing
+        or misnamed, or counts differ under `strict`.
     """
     if name in EMBEDDED:
-        return _render(name, root, options)
+        if root is not None:
+            raise InputError(f"The data set {name} is rendered: leave --root out.")
+        # Here, because the renderer compiles kernels that real data never need.
+        from o2cap.data.synthetic import render_dataset
+
+        sizes = ("height", "width", "workers", "cache")
+        how = {key: options.pop(key) for key in sizes if key in options}
+        return render_dataset(SyntheticConfig(**(options | EMBEDDED[name])), **how)
     if name not in READERS:
         raise InputError(unknown("The data set", name, [*EMBEDDED, *READERS]))
-    reading = read_dataset(name, root, **options)
-    problems = reading.problems + ([] if skip_missing else reading.missing)
-    if problems:
-        more = len(problems) - 1
+    reading = read_dataset(name, root, skip_unreadable=skip_missing, **options)
+    if reading.problems:
+        more = len(reading.problems) - 1
         rest = f" There are {more} more problems: o2cap data verify." if more else ""
-        raise InputError(problems[0] + rest)
-    for note in reading.notes + reading.missing:
-        logger.warning("%s", note)
+        raise InputError(reading.problems[0] + rest)
     if differences := reading.differences():
-        sentence = (
+        reading.notes.append(
             f"{name} in {root} is not as published: {'; '.join(differences)}. "
             "Results cannot be compared with published ones."
         )
         if strict:
-            raise InputError(sentence)
-        logger.warning("%s", sentence)
+            raise InputError(reading.notes[-1])
+    for note in reading.notes:
+        logger.warning("%s", note)
     return reading.dataset
-
-
-def _render(name: str, root: Path | None, options: dict[str, Any]) -> ReIDDataset:
-    kind, height, width = EMBEDDED[name]
-    if root is not None:
-        raise InputError(
-            f"The data set {name} is rendered, not read: leave --root out."
-        )
-    # Here, because the renderer compiles kernels that real data never need.
-    from o2cap.data.synthetic import render_dataset
-
-    size = {"height": height, "width": width}
-    known = [field.name for field in fields(SyntheticConfig)]
-    how = {k: options.pop(k) for k in (*size, "workers", "cache") if k in options}
-    for option in options:
-        if option not in known:
-            raise InputError(unknown(f"The option of {name}", option, known))
-    config = SyntheticConfig(**({"kind": kind} | options))
-    if config.kind != kind:
-        right = next(n for n, how in EMBEDDED.items() if how[0] == config.kind)
-        raise InputError(
-            f"The data set {name} shows {kind}s, but synthetic.kind is {config.kind}; "
-            f"use --dataset {right}."
-        )
-    return render_dataset(config, **(size | how))
 
 
 def load_configured(config: Config) -> ReIDDataset:
     """Return the data set that the settings name, the embedded one rendered."""
-    if not config.dataset.startswith("synthetic"):
-        return load_dataset(
-            config.dataset,
-            config.root,
-            strict=config.strict,
-            skip_missing=config.skip_unreadable,
-        )
-    options = asdict(config.synthetic)
-    if options["seed"] is None:
-        options["seed"] = config.seed
-    if options["kind"] == SyntheticConfig().kind:  # which nobody need have said
-        del options["kind"]
-    return load_dataset(
-        config.dataset,
-        config.root,
-        **options,
-        height=config.height,
-        width=config.width,
-    )
+    options: dict[str, Any] = {"skip_missing": config.skip_unreadable}
+    options["strict"] = config.strict
+    if config.dataset in EMBEDDED:
+        options = asdict(config.synthetic)
+        options |= {"height": config.height, "width": config.width}
+        if options["seed"] is None:
+            options["seed"] = config.seed
+    return load_dataset(config.dataset, config.root, **options)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import unicodedata
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,30 +18,84 @@ from torch import Tensor
 
 from o2cap.errors import InputError
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+logger = logging.getLogger("o2cap")
+
+PICTURE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp"),
+    *(".webp", ".tif", ".tiff", ".gif"),
+)
+# Pictures, too, but not read: they are counted, so that nobody misses them unawares.
+OTHER_SUFFIXES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".ppm", ".pgm")
 
 # What a file may hold, whatever its suffix. Pillow knows forty more formats: parsers
 # of long-forgotten ones, and PostScript, for which it starts another program.
 PICTURE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")
 
+# Folders that disk stations, systems and archivers make: thumbnails, waste, copies.
+LEFT_BEHIND = {
+    *("@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot"),
+    *("$recycle.bin", "system volume information", "__macosx", "lost+found"),
+}
 
-def is_picture(name: str) -> bool:
-    """Whether a file name is a picture's: known suffix, not hidden.
+LEAVE_OUT = ", or leave it out with --skip-unreadable True, where the command has that"
 
-    Thumbs.db fails the first test, .DS_Store and the ._ doubles of macOS the second.
+
+@contextmanager
+def readable(folder: str | Path, skip_unreadable: bool = False) -> Iterator[None]:
+    """Look into `folder` in the block; what the system refuses is never just empty.
+
+    Raises
+    ------
+    InputError
+        Names what cannot be read, unless it is to be skipped: that takes a warning.
     """
-    return name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith(".")
+    try:
+        yield
+    except OSError as error:
+        fault = f"{error.filename or folder} cannot be read ({error.strerror or error})"
+        if not skip_unreadable:
+            raise InputError(f"{fault}; mend that{LEAVE_OUT}.") from error
+        logger.warning("%s and is left out.", fault)
 
 
-def list_pictures(folder: Path) -> list[Path]:
+def list_pictures(folder: Path, skip_unreadable: bool = False) -> list[Path]:
     """Return the pictures in `folder` and below, sorted by path.
 
-    Hidden folders and links to folders are not entered.
+    Links to folders are followed, and no folder is entered twice. Not entered are
+    hidden folders (.ipynb_checkpoints) and those in `LEFT_BEHIND`; hidden files are
+    no pictures. Pictures of a format that is not read are counted in a warning.
+
+    Raises
+    ------
+    InputError
+        When a folder cannot be read; with `skip_unreadable` that is a warning.
     """
-    found = []
-    for where, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(where, name) for name in names if is_picture(name)]
+    found, others, entered = [], Counter[str](), set()
+    waiting = deque([os.fspath(folder)])
+    while waiting:
+        here = waiting.popleft()
+        if (real := os.path.realpath(here)) in entered:
+            continue
+        entered.add(real)
+        with readable(here, skip_unreadable), os.scandir(here) as entries:
+            for entry in entries:
+                name = entry.name.lower()
+                if name.startswith(".") or name in LEFT_BEHIND:
+                    continue
+                is_folder = True  # where the system refuses to say: then it says why
+                with suppress(OSError):
+                    is_folder = entry.is_dir()
+                if is_folder and entry.is_symlink():
+                    waiting.append(entry.path)  # last: a picture has its own path
+                elif is_folder:
+                    waiting.appendleft(entry.path)
+                elif name.endswith(PICTURE_SUFFIXES):
+                    found.append(Path(entry.path))
+                elif name.endswith(OTHER_SUFFIXES):
+                    others[os.path.splitext(name)[1]] += 1
+    if others:
+        counts = ", ".join(f"{count:,} {suffix}" for suffix, count in others.items())
+        logger.warning("%s: left out, as not read: %s; convert them.", folder, counts)
     return sorted(found)
 
 
@@ -54,16 +111,11 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
     """
     try:
         with Image.open(path, formats=PICTURE_FORMATS) as picture:
-            most = Image.MAX_IMAGE_PIXELS  # Pillow itself stops at twice as many
-            if most and picture.width * picture.height > most:
-                size = f"{picture.width} × {picture.height}"
-                raise ValueError(f"it has {size} pixels")
             yield picture
     except Exception as error:  # Pillow's plug-ins raise many kinds on broken files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
-            f"{path} cannot be read as a picture ({reason}); repair or remove it, or "
-            "leave such pictures out with --skip-unreadable True."
+            f"{path} cannot be read as a picture ({reason}); repair it{LEAVE_OUT}."
         ) from error
 
 
@@ -81,6 +133,9 @@ class ImageSet:
         The identity of each picture, −1 where unknown; None when no identity is
         known. For evaluation and diagnosis only: training is handed sets that
         went through :meth:`without_identities`.
+    grey_range : (float, float), optional
+        The grey values that are black and white in pictures of more than 8 bits, see
+        :func:`o2cap.data.loading.find_grey_range`.
 
     Raises
     ------
@@ -91,16 +146,15 @@ class ImageSet:
     paths: Sequence[Path]
     camids: Tensor
     pids: Tensor | None = None
+    grey_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        for name, column in (("camids", self.camids), ("pids", self.pids)):
-            if column is None:
-                continue
-            if column.dtype != torch.int64 or column.shape != (len(self.paths),):
-                raise ValueError(
-                    f"{name} must be int64 of shape [{len(self.paths)}], "
-                    f"not {column.dtype} {list(column.shape)}"
-                )
+        for column in (self.camids, self.pids):
+            if column is not None and (column.dtype, len(column)) != (
+                torch.int64,
+                len(self.paths),
+            ):
+                raise ValueError("camids and pids must be int64, one for each path")
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -113,7 +167,8 @@ class ImageSet:
         """Return the pictures at `index` (LongTensor [M] or boolean mask [N])."""
         if index.dtype == torch.bool:
             index = index.nonzero().flatten()
-        return ImageSet(
+        return replace(
+            self,
             paths=[self.paths[i] for i in index.tolist()],
             camids=self.camids[index],
             pids=None if self.pids is None else self.pids[index],
@@ -124,13 +179,15 @@ class ImageSet:
 class ReIDDataset:
     """A data set: pictures to train on, and a query and a gallery to evaluate with.
 
-    `query` and `gallery` are empty when there is nothing to evaluate with.
+    `query` and `gallery` are empty when there is nothing to evaluate with. `root` is
+    the folder of which nothing, not even its name, is part of the data.
     """
 
     name: str
     train: ImageSet
     query: ImageSet
     gallery: ImageSet
+    root: Path | None = field(default=None, kw_only=True)
 
     def splits(self) -> dict[str, ImageSet]:
         """Return the three parts by name: train, query, gallery."""
@@ -143,11 +200,11 @@ class ReIDDataset:
         """
         table = {}
         for split, images in self.splits().items():
-            known = images.pids[images.pids >= 0] if images.pids is not None else None
+            pids = torch.tensor([]) if images.pids is None else images.pids
             table[split] = {
                 "images": len(images),
-                "identities": 0 if known is None else int(known.unique().numel()),
-                "cameras": int(images.camids.unique().numel()),
+                "identities": len(pids[pids >= 0].unique()),
+                "cameras": len(images.camids.unique()),
             }
         return table
 
@@ -155,17 +212,17 @@ class ReIDDataset:
         """Return a hash of the file names, sizes, cameras and identities.
 
         Two runs with the same fingerprint saw the same pictures, wherever these
-        lie: only the last two parts of a path enter, not the folder above.
+        lie: of a path only the last two parts enter, or one, directly in the root.
         """
         digest = hashlib.sha256()
         for split, images in self.splits().items():
             digest.update(split.encode())
             for path in images.paths:
-                name = "/".join(path.parts[-2:])
-                try:
-                    size = str(path.stat().st_size)
-                except OSError:  # a link to nowhere, which training may leave out
-                    size = "missing"
+                parts = path.parts[-1 if path.parent == self.root else -2 :]
+                # macOS writes an ü as two characters, others as one.
+                name = unicodedata.normalize("NFC", "/".join(parts))
+                # A link to nowhere has no size; training may leave it out.
+                size = os.path.getsize(path) if os.path.exists(path) else "missing"
                 digest.update(f"{name}:{size}\n".encode("utf-8", "surrogateescape"))
             digest.update(images.camids.numpy().tobytes())
             if images.pids is not None:

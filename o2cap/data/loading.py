@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import psutil
@@ -20,28 +22,89 @@ from o2cap.errors import InputError
 
 logger = logging.getLogger("o2cap")
 
+DEEP = ("I", "F")  # what the modes of more than 8 bits begin with: I;16, I, F
 
-def read_picture(path: Path, height: int, width: int) -> np.ndarray:
+
+def read_picture(
+    path: Path,
+    height: int,
+    width: int,
+    grey_range: tuple[float, float] | None = None,
+) -> np.ndarray:
     """Return one picture, resized (bicubic), as uint8 [height, width, 3], RGB.
 
-    A rotation noted in EXIF is applied, other colour modes are converted, and of an
-    animation the first frame is taken.
+    A rotation noted in EXIF is applied, as far as EXIF can be read, and of an animation
+    the first frame is taken. What Pillow's modes become:
+
+    ========================  =====================================================
+    1, L, P, RGB, YCbCr, HSV  what they show; 1 is black and white
+    CMYK, LAB                 Pillow's conversion, without a colour profile
+    LA, PA, RGBA, RGBX        the colours alone: transparency is ignored
+    16-bit colour             the upper 8 bits of each value
+    I;16, I, F                grey: `grey_range` is black and white, beyond it the same
+    La                        refused, as by Pillow
+    ========================  =====================================================
 
     Raises
     ------
     InputError
-        Names the file when it is missing, unreadable, truncated or absurdly large.
+        Names the file when it is missing, unreadable, truncated or absurdly large,
+        and when it has more than 8 bits of grey and no range is given.
     """
     with open_picture(path) as picture:
-        upright = ImageOps.exif_transpose(picture)
-        if upright.mode.startswith("I;16"):
-            # Pillow would clip 16 bits at 255, not scale them.
-            scaled = np.asarray(upright, dtype=np.uint16) >> 8
-            upright = Image.fromarray(scaled.astype(np.uint8))
-        resized = upright.convert("RGB").resize(
-            (width, height), Image.Resampling.BICUBIC
-        )
-        return np.asarray(resized)
+        picture.load()
+        with suppress(Exception):  # EXIF is damaged: the pixels are turned before that
+            ImageOps.exif_transpose(picture, in_place=True)
+        upright: Image.Image = picture
+        if picture.mode.startswith(DEEP):
+            grey = np.asarray(picture, np.float64)
+            if grey_range is None:
+                raise ValueError(
+                    f"it has more than 8 bits of grey, {grey.min():g} to "
+                    f"{grey.max():g}, and neither its data set nor the run says which "
+                    "of them are black and white"
+                )
+            if not np.isfinite(grey).all():
+                raise ValueError("some of its values are no finite numbers")
+            grey = np.interp(grey, grey_range, (0, 255)).round()
+            upright = Image.fromarray(grey.astype(np.uint8))
+        small = upright.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+        return np.asarray(small)
+
+
+def find_grey_range(paths: Iterable[Path]) -> tuple[float, float] | None:
+    """Return which grey values are black and white in pictures of more than 8 bits.
+
+    Their files do not say it: a thermal camera uses a small part of its 16 bits, and
+    another part on a warm day. So it is the range of the whole set, by which its
+    pictures stay comparable; of each picture the outermost thousandth at either end
+    does not count, where dead and hot pixels are.
+
+    Parameters
+    ----------
+    paths : iterable of Path
+        The set. Pictures that cannot be read do not count.
+
+    Returns
+    -------
+    (float, float) or None
+        None when no .png or .tif file has more than 8 bits of grey.
+    """
+
+    def outermost(path: Path) -> np.ndarray | None:
+        with suppress(InputError), open_picture(path) as picture:
+            if picture.mode.startswith(DEEP):
+                return np.percentile(np.asarray(picture, np.float64), (0.1, 99.9))
+        return None
+
+    deep = (p for p in paths if p.suffix.lower() in (".png", ".tif", ".tiff"))
+    with ThreadPoolExecutor() as pool:
+        ends = [e for e in pool.map(outermost, deep) if e is not None]
+    ends = [e for e in ends if np.isfinite(e).all()]
+    if not ends:
+        return None
+    low, high = float(min(e[0] for e in ends)), float(max(e[1] for e in ends))
+    return low, high if high > low else low + 1
 
 
 def decode(
@@ -81,68 +144,53 @@ def decode(
         At the first unreadable pictures, named, unless they are to be skipped; when
         none is readable; or when they fit neither in memory nor on disk.
     """
-    shape = (len(images), height, width, 3)
-    size = int(np.prod(shape, dtype=np.int64))
-    pixels: np.ndarray
-    together = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # as torchrun says
-    if size > psutil.virtual_memory().available / 3 / together:
-        folder = tempfile.gettempdir()
-        logger.info(
-            "%.1f GiB of pictures: kept in %s, not in memory", size / 2**30, folder
-        )
-        try:
-            with tempfile.TemporaryFile() as file:
-                _reserve(file, size)
-                pixels = np.memmap(file, np.uint8, "w+", shape=shape)
-        except OSError as error:
-            raise InputError(
-                f"The decoded pictures need {together * size / 2**30:.1f} GiB, which "
-                f"neither the memory nor {folder} has ({error.strerror or error}); set "
-                "TMPDIR to a folder that has, or choose a smaller --height and --width."
-            ) from error
-    else:
-        pixels = np.empty(shape, np.uint8)
+    pixels = _room((len(images), height, width, 3))
     broken: dict[int, InputError] = {}
 
     def one(i: int) -> None:
         try:
-            pixels[i] = read_picture(Path(images.paths[i]), height, width)
+            path = Path(images.paths[i])
+            pixels[i] = read_picture(path, height, width, images.grey_range)
         except InputError as error:
             broken[i] = error
 
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        for _ in pool.map(one, range(len(images))):
-            pass
-    tensor = torch.from_numpy(pixels)
+        list(pool.map(one, range(len(images))))
     if not broken:
-        return tensor, images
+        return torch.from_numpy(pixels), images
     first = min(broken)
-    if not skip_unreadable:
+    if not skip_unreadable or len(broken) == len(images):
         more = f" {len(broken) - 1} more cannot be read." if len(broken) > 1 else ""
         raise InputError(f"{broken[first]}{more}") from broken[first]
-    if len(broken) == len(images):
-        raise InputError(f"None of the {len(images)} pictures can be read: {broken[0]}")
     logger.warning(
         "%d of %d pictures cannot be read and are left out, the first being %s",
-        len(broken),
-        len(images),
-        images.paths[first],
+        *(len(broken), len(images), images.paths[first]),
     )
     whole = [i for i in range(len(images)) if i not in broken]
     for place, i in enumerate(whole):  # in place: there may be no room for a copy
         pixels[place] = pixels[i]
-    return tensor[: len(whole)], images.select(torch.tensor(whole))
+    return torch.from_numpy(pixels)[: len(whole)], images.select(torch.tensor(whole))
 
 
-def _reserve(file: IO[bytes], size: int) -> None:
-    """Take the room on the disk now.
-
-    A mapped file that finds none later kills the program without a word.
-    """
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file.fileno(), 0, size)
-        return
-    block = bytes(2**24)
-    for start in range(0, size, len(block)):
-        file.write(block[: size - start])
-    file.flush()
+def _room(shape: tuple[int, ...]) -> np.ndarray:
+    """Return room for pictures, in memory or on the disk; see :func:`decode`."""
+    size = math.prod(shape)
+    together = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # as torchrun says
+    if size <= psutil.virtual_memory().available / 3 / together:
+        return np.empty(shape, np.uint8)
+    folder = tempfile.gettempdir()
+    logger.info("%.1f GiB of pictures: kept in %s, not in memory", size / 2**30, folder)
+    try:
+        with tempfile.TemporaryFile() as file:
+            # Written now: a mapped file that finds the disk full later kills the
+            # program without a word.
+            for start in range(0, size, 2**24):
+                file.write(bytes(min(2**24, size - start)))
+            file.flush()
+            return np.memmap(file, np.uint8, "r+", shape=shape)
+    except OSError as error:
+        raise InputError(
+            f"The decoded pictures need {together * size / 2**30:.1f} GiB, which "
+            f"neither the memory nor {folder} has ({error.strerror or error}); set "
+            "TMPDIR to a folder that has, or choose a smaller --height and --width."
+        ) from error

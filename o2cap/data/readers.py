@@ -7,26 +7,23 @@ to be renamed. Cameras count from 0 (`camid`), whatever a file name counts from.
 from __future__ import annotations
 
 import csv
-import inspect
 import os
 import re
-import xml.etree.ElementTree as ElementTree
+import string
+import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from o2cap.data.images import (
-    ImageSet,
-    ReIDDataset,
-    is_picture,
-    list_pictures,
-    open_picture,
-)
+from o2cap.data.images import ImageSet, ReIDDataset, list_pictures, readable
+from o2cap.data.loading import find_grey_range, read_picture
 from o2cap.errors import InputError, unknown
 
 # Published counts (the data sets' own pages and papers; MSMT17's pictures without
@@ -55,14 +52,7 @@ PUBLISHED: dict[str, dict[str, dict[str, int]]] = {
 }
 MSMT17_TRAIN_WITHOUT_VAL = 30_248
 
-ROOT_MEANS = {
-    "market1501": "the folder with bounding_box_train, query and bounding_box_test",
-    "dukemtmcreid": "the folder with bounding_box_train, query and bounding_box_test",
-    "msmt17": "the folder MSMT17_V1 or MSMT17_V2, with its four list files",
-    "veri776": "the folder with image_train, image_query and image_test",
-    "manifest": "a CSV file with the columns split,path,pid,camid",
-    "folders": "a folder that holds one folder of pictures for each camera",
-}
+SPLITS = ("train", "query", "gallery")
 
 
 class Count(NamedTuple):
@@ -85,14 +75,11 @@ class Reading:
     expected : dict
         Published counts, by split and by what is counted.
     found : dict
-        Counts found, under the same keys and some more.
+        Counts that replace, or add to, those of :meth:`ReIDDataset.counts`.
     problems : list of str
         Sentences, each a reason not to use the data as they are.
-    missing : list of str
-        A sentence on the pictures named that do not exist, which `dataset` leaves out;
-        a problem, unless they are to be skipped.
     notes : list of str
-        Sentences on oddities that do not stand in the way.
+        Sentences on what was assumed or left out.
     """
 
     dataset: ReIDDataset
@@ -100,30 +87,28 @@ class Reading:
     found: dict[str, dict[str, int]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        for split, counts in self.dataset.counts().items():
-            self.found[split] = counts | self.found.get(split, {})
-
-    def table(self) -> list[Count]:
-        """Return all counts, published and found."""
+    @property
+    def rows(self) -> list[Count]:
+        """All counts, published and found."""
         return [
             Count(split, what, self.expected.get(split, {}).get(what), number)
-            for split, counts in self.found.items()
-            for what, number in counts.items()
+            for split, counts in self.dataset.counts().items()
+            for what, number in (counts | self.found.get(split, {})).items()
         ]
 
     def differences(self) -> list[str]:
         """Return a phrase for each count that is not the published one."""
         return [
             f"{row.split}: {row.expected:,} {row.what} expected, {row.found:,} found"
-            for row in self.table()
+            for row in self.rows
             if row.expected is not None and row.expected != row.found
         ]
 
 
-def read_dataset(name: str, root: Path | None, **options: Any) -> Reading:
+def read_dataset(
+    name: str, root: Path | None, *, skip_unreadable: bool = False, **options: Any
+) -> Reading:
     """Read the real data set `name` and say what was found.
 
     Parameters
@@ -132,55 +117,45 @@ def read_dataset(name: str, root: Path | None, **options: Any) -> Reading:
         market1501, dukemtmcreid, msmt17, veri776, manifest or folders.
     root : Path
         The data set's folder; for manifest, the CSV file.
+    skip_unreadable : bool
+        Leave out folders that cannot be read, with a warning, and pictures that a
+        manifest names and that do not exist, with a note.
     **options
         For msmt17 `val` (bool, True): train on the pictures of list_val.txt too.
 
     Raises
     ------
     InputError
-        When the name or an option is unknown, or `root` does not hold the layout.
+        When the name is unknown, or `root` does not hold the layout.
     """
     if name not in READERS:
         raise InputError(unknown("The data set", name, READERS))
-    reader = READERS[name]
-    known = list(inspect.signature(reader).parameters)[1:]
-    for option in options:
-        if option not in known:
-            what = f"The option of {name}"
-            raise InputError(unknown(what, option, known or ["none"]))
+    means = "the CSV file" if name == "manifest" else "the folder of the data set"
     if root is None:
-        raise InputError(f"--dataset {name} needs --root: {ROOT_MEANS[name]}.")
-    root = Path(root).expanduser()
-    if not root.exists():
-        raise InputError(
-            f"--root {root} does not exist; for {name} it is {ROOT_MEANS[name]}."
+        raise InputError(f"--dataset {name} needs --root: {means}.")
+    root = Path(root).expanduser().absolute()
+    with readable(root):
+        if root.is_dir() == (name == "manifest"):
+            raise InputError(
+                f"--root {root} is not {means}; archives of the four benchmarks are "
+                "unpacked by the programs in data_scripts/."
+            )
+        reading = READERS[name](root, skip_unreadable, **options)
+    parts: dict[str, Any] = reading.dataset.splits()
+    grey = find_grey_range(chain.from_iterable(part.paths for part in parts.values()))
+    if grey is not None:
+        parts = {split: replace(part, grey_range=grey) for split, part in parts.items()}
+        reading.dataset = replace(reading.dataset, **parts)
+        reading.notes.append(
+            f"{root} holds pictures with more than 8 bits of grey; in all of them "
+            f"{grey[0]:g} is black and {grey[1]:g} is white."
         )
-    if root.is_dir() == (name == "manifest"):
-        kind = "folder" if root.is_dir() else "file"
-        hint = f"; data_scripts/{name}.py unpacks an archive" if name in SCRIPTS else ""
-        raise InputError(
-            f"--root {root} is a {kind}; for {name} it is {ROOT_MEANS[name]}{hint}."
-        )
-    try:
-        return reader(root.absolute(), **options)
-    except OSError as error:  # no permission, a disk that fails
-        raise InputError(
-            f"{error.filename} cannot be read: {error.strerror}."
-        ) from error
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What `verify_dataset` found: the table of counts, and sentences."""
-
-    rows: list[Count]
-    problems: list[str]
-    notes: list[str]
+    return reading
 
 
 def verify_dataset(
     name: str, root: Path | None, *, pictures: bool = False, **options: Any
-) -> Verification:
+) -> Reading:
     """Count a real data set, compare with the published counts, list what is wrong.
 
     Parameters
@@ -188,290 +163,212 @@ def verify_dataset(
     name, root, **options
         As for :func:`read_dataset`.
     pictures : bool
-        Decode every picture too, and list those that cannot be read.
+        Read every picture too, as training does, and list those that cannot be.
 
     Returns
     -------
-    Verification
-        Its `problems` are those of the layout and names, differing counts, and
-        unreadable pictures; none means that the data are as published.
+    Reading
+        Its `problems` are those of the layout and names, missing pictures, differing
+        counts, and unreadable pictures; none means that the data are as published.
 
     Raises
     ------
     InputError
-        When the name or an option is unknown, or `root` does not hold the layout.
+        When the name is unknown, or `root` does not hold the layout.
     """
     reading = read_dataset(name, root, **options)
-    problems = reading.problems + reading.missing + reading.differences()
+    reading.problems += reading.differences()
     if pictures:
         parts = reading.dataset.splits().values()
-        paths = list(dict.fromkeys(chain.from_iterable(part.paths for part in parts)))
+        grey = {path: part.grey_range for part in parts for path in part.paths}
+
+        def fault(path: Path) -> str | None:
+            try:
+                read_picture(path, 16, 16, grey[path])
+            except InputError as error:
+                return str(error)
+            return None
+
         with ThreadPoolExecutor() as pool:
-            problems += filter(None, pool.map(_unreadable, paths))
-    return Verification(reading.table(), problems, reading.notes)
-
-
-def _unreadable(path: Path) -> str | None:
-    """Return why a picture cannot be decoded, or None."""
-    try:
-        with open_picture(path) as image:
-            image.draft("RGB", (16, 16))  # JPEG: reads every byte, decodes 1/8 size
-            image.load()
-    except InputError as error:
-        return str(error)
-    return None
+            reading.problems += filter(None, pool.map(fault, grey))
+    return reading
 
 
 # ---------------------------------------------------------------- the benchmarks
 
-_SPLITS = ("train", "query", "gallery")
-_PERSON_FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
-_VEHICLE_FOLDERS = ("image_train", "image_query", "image_test")
-_MSMT17_FOLDERS = {
-    "V1": ("train", "test"),
-    "V2": ("mask_train_v2", "mask_test_v2"),
+_PERSONS = ("bounding_box_train", "query", "bounding_box_test")
+_VEHICLES = ("image_train", "image_query", "image_test")
+
+# Folders of the three splits; identity and camera (from 1) in a name; such a name.
+LAYOUTS = {
+    # Zheng et al., ICCV 2015. Identity −1 (junk) is left out, 0 (distractor) stays.
+    "market1501": (
+        *(_PERSONS, r"(-1|\d{1,9})_c([1-9]\d{0,3})s\d+_\d+_\d+"),
+        "0002_c1s1_000451_03.jpg",
+    ),
+    # Zheng et al., ICCV 2017, from Ristani et al., 2016: withdrawn in 2019.
+    "dukemtmcreid": (
+        *(_PERSONS, r"(\d{1,9})_c([1-9]\d{0,3})_f\d+"),
+        "0001_c2_f0046182.jpg",
+    ),
+    # Liu et al., ICME 2016. Image-to-image protocol: queries stay in the gallery.
+    "veri776": (
+        *(_VEHICLES, r"(\d{1,9})_c(?!000)(\d{3})_\d+_\d+"),
+        "0001_c001_00016450_0.jpg",
+    ),
 }
-_MSMT17_LISTS = ("list_train.txt", "list_val.txt", "list_query.txt", "list_gallery.txt")
 
 
-def _pattern(expression: str) -> re.Pattern[str]:
-    return re.compile(expression + r"\.(jpg|jpeg|png)", re.ASCII | re.IGNORECASE)
+def name_layout(paths: Sequence[Path]) -> tuple[Tensor, Tensor] | None:
+    """Return cameras and identities that names say, if all are in one known layout.
+
+    The layouts are those of Market-1501, DukeMTMC-reID and VeRi-776, to the digit: a
+    name that only resembles one holds a date, the number of a track, or anything else.
+
+    Parameters
+    ----------
+    paths : sequence of Path
+        N pictures: the whole set.
+
+    Returns
+    -------
+    camids, pids : LongTensor [N], or None
+        Cameras as the names count them; identities, −1 for junk and distractors.
+    """
+
+    def shape(stem: str) -> str:  # cameras have one digit, or more
+        plain = re.sub(r"_c\d+", "_c", re.sub("^-1", "0000", stem))
+        return re.sub(r"\d", "0", plain)
+
+    for _, pattern, example in LAYOUTS.values():
+        right = shape(Path(example).stem)
+        named = [re.fullmatch(pattern, path.stem, re.ASCII) for path in paths]
+        found = [m for m in named if m is not None and shape(m[0]) == right]
+        if found and len(found) == len(paths):
+            camids, pids = zip(*((int(m[2]), int(m[1])) for m in found), strict=True)
+            known = [pid if pid > 0 else -1 for pid in pids]
+            return torch.tensor(camids), torch.tensor(known)
+    return None
 
 
-# identity, camera (from 1) of a file name
-_MARKET1501_NAME = _pattern(r"(-1|\d{1,9})_c([1-9]\d{0,3})s\d+_\d+_\d+")
-_DUKEMTMC_NAME = _pattern(r"(\d{1,9})_c([1-9]\d{0,3})_f\d+")
-_VERI776_NAME = _pattern(r"(\d{1,9})_c(\d{3})_\d+_\d+")
+def _named(name: str, root: Path, skip_unreadable: bool) -> Reading:
+    """Read a layout in which file names hold identity and camera."""
+    folders, pattern, example = LAYOUTS[name]
+    base, _ = _base(root, [folders])
+    parts, problems, found = [], [], {}
+    for folder in folders:
+        pictures, strange, junk = [], [], 0
+        for path in list_pictures(base / folder, skip_unreadable):
+            match = re.fullmatch(pattern, path.stem, re.ASCII)
+            if match is None:
+                strange.append(path.name)
+            elif match[1] == "-1":
+                junk += 1
+            else:
+                pictures.append((path, int(match[2]) - 1, int(match[1])))
+        remedy = (
+            "move them out of the folder"
+            if pictures or junk
+            else f"none is, so this is not {name}: use --dataset folders (a folder a "
+            "camera), or manifest (o2cap data manifest writes one)"
+        )
+        defect = (
+            f"Pictures in {base / folder} are not named as {name}'s are ({example})"
+        )
+        problems += _sentence(defect, strange, remedy)
+        parts.append(_images(pictures))
+    if name == "market1501":  # of the gallery, which came last
+        pids = [pid for _, _, pid in pictures]
+        counts = {"identities": len({*pids} - {0}), "distractors": pids.count(0)}
+        found["gallery"] = counts | {"junk": junk}
+    return Reading(ReIDDataset(name, *parts), PUBLISHED[name], found, problems)
+
+
+_MSMT17: dict[tuple[str, ...], str] = {
+    ("train", "test"): "v1",
+    ("mask_train_v2", "mask_test_v2"): "v2",
+}
 # path (without ..), camera, identity of a line in a list file
 _MSMT17_LINE = re.compile(
-    r"((?:\w+/)*\d+_\d+_(\d{1,4})_\w+\.(?:jpg|jpeg|png)) (\d{1,9})", re.ASCII
+    r"((?:\w+/)*\d+_\d+_(?!0+_)(\d{1,4})_\w+\.(?:jpg|jpeg|png)) (\d{1,9})", re.ASCII
 )
 
 
-def _market1501(root: Path) -> Reading:
-    """Zheng et al., ICCV 2015. Identity −1 (junk) is left out, 0 (distractor) stays."""
-    (base, _) = _layout(root, [_PERSON_FOLDERS])
-    reading = _named("market1501", base, _PERSON_FOLDERS, _MARKET1501_NAME)
-    pids = reading.dataset.gallery.pids
-    assert pids is not None
-    reading.found["gallery"]["identities"] = int(pids[pids > 0].unique().numel())
-    reading.found["gallery"]["distractors"] = int((pids == 0).sum())
-    return reading
-
-
-def _dukemtmcreid(root: Path) -> Reading:
-    """Zheng et al., ICCV 2017, from Ristani et al., 2016: withdrawn in 2019."""
-    (base, _) = _layout(root, [_PERSON_FOLDERS])
-    return _named("dukemtmcreid", base, _PERSON_FOLDERS, _DUKEMTMC_NAME)
-
-
-def _veri776(root: Path) -> Reading:
-    """Liu et al., ICME 2016. Image-to-image protocol: queries stay in the gallery.
-
-    File names suffice. name_*.txt, where present, says which pictures belong to a
-    split; *_label.xml is compared with the names.
-    """
-    (base, _) = _layout(root, [_VEHICLE_FOLDERS])
-    reading = _named(
-        "veri776",
-        base,
-        _VEHICLE_FOLDERS,
-        _VERI776_NAME,
-        lists=("name_train.txt", "name_query.txt", "name_test.txt"),
-    )
-    for split, labels in (("train", "train_label.xml"), ("gallery", "test_label.xml")):
-        if (base / labels).is_file():
-            images = reading.dataset.splits()[split]
-            reading.notes += _label_conflicts(base / labels, images)
-    return reading
-
-
-def _msmt17(root: Path, val: bool = True) -> Reading:
+def _msmt17(root: Path, skip_unreadable: bool, val: bool = True) -> Reading:
     """Wei et al., CVPR 2018; V1 and V2 (masked faces), by their list files.
 
     The camera is the third field of a file name, the identity stands in the list.
     Test numbering starts again at 0: test identities are shifted past the training
     ones, so that equal numbers are equal persons.
     """
-    base, folders = _layout(root, list(_MSMT17_FOLDERS.values()))
-    missing = [name for name in _MSMT17_LISTS if not (base / name).is_file()]
-    if missing:
-        raise InputError(
-            f"{base} has no {', '.join(missing)}; the list files come with MSMT17 "
-            "and say which pictures belong to which split."
-        )
-    version = next(v for v, names in _MSMT17_FOLDERS.items() if names == folders)
-    problems: list[str] = []
-    train, more, query, gallery = (
-        _msmt17_list(base / name, base / folders[index // 2], problems)
-        for index, name in enumerate(_MSMT17_LISTS)
+    base, folders = _base(root, list(_MSMT17))
+    parts, problems = {}, []
+    for part in ("train", "val", "query", "gallery"):
+        place, pictures, missing = base / f"list_{part}.txt", [], []
+        folder = base / folders[part in ("query", "gallery")]
+        lines = place.read_text("utf-8-sig", "replace").splitlines()
+        for number, line in enumerate(lines, start=1):
+            match = _MSMT17_LINE.fullmatch(line.strip())
+            if match is None:
+                raise InputError(
+                    f"{place}, line {number}: {line[:80]!r} is not a picture and an "
+                    "identity, as in 0000/0000_000_01_0303morning_0008_0.jpg 0."
+                )
+            path = folder / match[1]
+            pictures.append((path, int(match[2]) - 1, int(match[3])))
+            if not path.is_file():
+                missing.append(match[1])
+        defect = f"Pictures named in {place} do not exist"
+        problems += _sentence(defect, missing, "unpack the archive again")
+        parts[part] = pictures
+    first = max((pid for *_, pid in parts["train"] + parts["val"]), default=-1) + 1
+    query, gallery = (
+        [(path, camid, pid + first) for path, camid, pid in parts[part]]
+        for part in ("query", "gallery")
     )
-    shift = max([*train.pids, *more.pids], default=-1) + 1
-    for part in (query, gallery):
-        part.pids = [pid + shift for pid in part.pids]
+    train = parts["train"] + (parts["val"] if val else [])
     expected = PUBLISHED["msmt17"]
-    if val:
-        train.paths += more.paths
-        train.camids += more.camids
-        train.pids += more.pids
-    else:
-        without = expected["train"] | {"images": MSMT17_TRAIN_WITHOUT_VAL}
-        expected = expected | {"train": without}
-    parts = [part.images() for part in (train, query, gallery)]
-    dataset = ReIDDataset(f"msmt17-{version.lower()}", *parts)
+    if not val:
+        without = {"images": MSMT17_TRAIN_WITHOUT_VAL}
+        expected = expected | {"train": expected["train"] | without}
+    images = [_images(part) for part in (train, query, gallery)]
+    dataset = ReIDDataset(f"msmt17-{_MSMT17[folders]}", *images)
     return Reading(dataset, expected, problems=problems)
 
 
-def _msmt17_list(path: Path, folder: Path, problems: list[str]) -> _Columns:
-    """Read a list file of lines 0000/0000_000_01_0303morning_0008_0.jpg 0."""
-    columns = _Columns()
-    files = _Files(folder)
-    missing = []
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        match = _MSMT17_LINE.fullmatch(line.strip())
-        if match is None or int(match[2]) == 0:
-            raise InputError(
-                f"{path}, line {number}: {line.strip()[:80]!r} is not a picture and "
-                "an identity, as in 0000/0000_000_01_0303morning_0008_0.jpg 0."
-            )
-        file = files.find(match[1])
-        if not file.exists:
-            missing.append(match[1])
-        columns.add(Path(file.path), int(match[2]) - 1, int(match[3]))
-    defect = f"Pictures named in {path} do not exist"
-    problems += _sentence(defect, missing, "unpack the archive again")
-    return columns
-
-
-def _named(
-    name: str,
-    base: Path,
-    folders: Sequence[str],
-    pattern: re.Pattern[str],
-    lists: Sequence[str] = (),
-) -> Reading:
-    """Read the layout in which file names hold identity and camera."""
-    problems: list[str] = []
-    notes: list[str] = []
-    found: dict[str, dict[str, int]] = {}
-    parts = []
-    for index, split in enumerate(_SPLITS):
-        folder = base / folders[index]
-        with os.scandir(folder) as entries:
-            names = sorted(entry.name for entry in entries if is_picture(entry.name))
-        if lists and (base / lists[index]).is_file():
-            lines = _read_text(base / lists[index]).splitlines()
-            listed = {line.strip() for line in lines} - {""}
-            problems += _sentence(
-                f"Pictures named in {base / lists[index]} do not exist",
-                sorted(listed.difference(names)),
-                "unpack the archive again",
-            )
-            notes += _sentence(
-                f"Pictures in {folder} are not in {lists[index]}",
-                sorted(set(names).difference(listed)),
-                "they are left out",
-            )
-            names = [file for file in names if file in listed]
-        columns, broken, junk = _Columns(), [], 0
-        for file in names:
-            match = pattern.fullmatch(file)
-            if match is None or int(match[2]) == 0:
-                broken.append(file)
-            elif match[1] == "-1":
-                junk += 1
-            else:
-                columns.add(folder / file, int(match[2]) - 1, int(match[1]))
-        problems += _sentence(
-            f"Pictures in {folder} are not named as {name}'s are",
-            broken,
-            "move them out of the folder",
-        )
-        parts.append(columns.images())
-        if name == "market1501":
-            found[split] = {"junk": junk}
-    return Reading(ReIDDataset(name, *parts), PUBLISHED[name], found, problems, notes)
-
-
-def _label_conflicts(path: Path, images: ImageSet) -> list[str]:
-    """Compare VeRi-776's label file with identity and camera of the file names."""
-    # The files declare gb2312, which Python's XML parser does not know: decode first.
-    raw = path.read_bytes()
-    declared = re.match(rb"\s*<\?xml[^>]*encoding=[\"']([\w-]+)", raw)
-    if b"<!DOCTYPE" in raw or b"<!ENTITY" in raw:
-        raise InputError(
-            f"{path} declares XML entities; VeRi-776's label files do not."
-        )
-    try:
-        text = raw.decode(declared[1].decode() if declared else "utf-8-sig")
-        tree = ElementTree.fromstring(re.sub(r"^\s*<\?xml.*?\?>", "", text))
-        labels = {
-            item.attrib["imageName"]: (
-                int(item.attrib["vehicleID"]),
-                int(item.attrib["cameraID"].lstrip("cC")) - 1,
-            )
-            for item in tree.iter("Item")
-        }
-    except (ElementTree.ParseError, LookupError, ValueError) as error:
-        raise InputError(
-            f"{path} is not a label file of VeRi-776 ({error!r}); take it from the "
-            "archive again or remove it: file names suffice."
-        ) from error
-    assert images.pids is not None
-    named = zip(images.pids.tolist(), images.camids.tolist(), strict=True)
-    conflicts = [
-        file.name
-        for file, read in zip(images.paths, named, strict=True)
-        if labels.get(file.name, read) != read
-    ]
-    defect = f"{path} contradicts the identity or camera in file names"
-    return _sentence(defect, conflicts, "the file names are used")
-
-
-def _layout(
+def _base(
     root: Path, variants: Sequence[tuple[str, ...]]
 ) -> tuple[Path, tuple[str, ...]]:
     """Find the folders of a layout in `root`, or in one folder directly below it.
 
     The archives differ in the name of their top folder, and people point at either.
     """
-    below = [
-        Path(entry)
-        for entry in os.scandir(root)
-        if entry.is_dir() and not entry.name.startswith(".")
-    ]
-    candidates = [
-        (place, folders, [name for name in folders if not (place / name).is_dir()])
-        for place in (root, *sorted(below))
-        for folders in variants
-    ]
+    below = sorted(p for p in root.iterdir() if p.is_dir() and p.name[0] != ".")
     complete = [
-        (place, folders) for place, folders, missing in candidates if not missing
+        (place, folders)
+        for place in (root, *below)
+        for folders in variants
+        if all((place / folder).is_dir() for folder in folders)
     ]
-    complete = [one for one in complete if one[0] == root] or complete
+    complete = [found for found in complete if found[0] == root] or complete
+    if not complete:
+        layouts = ", or ".join(" + ".join(folders) for folders in variants)
+        raise InputError(f"Neither {root} nor a folder directly in it holds {layouts}.")
     if len(complete) > 1:
         places = "; ".join(f"{place}: {' + '.join(names)}" for place, names in complete)
         raise InputError(
             f"{root} holds several data sets ({places}); give one of them."
         )
-    if complete:
-        return complete[0]
-    place, _, missing = min(candidates, key=lambda c: len(c[2]) - len(c[1]))
-    layouts = ", or ".join(" + ".join(names) for names in variants)
-    raise InputError(
-        f"{place} has no folder {' and no '.join(missing)}; expected {layouts}, "
-        "directly in --root or in one folder below it."
-    )
+    return complete[0]
 
 
 # ------------------------------------------------------------------- own pictures
 
-_COLUMNS = ("split", "path", "pid", "camid")
+COLUMNS = ("split", "path", "pid", "camid")
+_real = cache(os.path.realpath)
 
 
-def _manifest(path: Path) -> Reading:
+def _manifest(path: Path, skip_unreadable: bool) -> Reading:
     """A CSV file with the header split,path,pid,camid, in any order.
 
     Further columns are ignored. UTF-8, with or without byte order mark; fields may be
@@ -479,175 +376,212 @@ def _manifest(path: Path) -> Reading:
     link); absolute ones are taken as they are. pid may be empty in train. A picture may
     stand once in train, or once in query and once in gallery (VeRi-776's protocol).
     """
-    columns = {split: _Columns() for split in _SPLITS}
-    seen: dict[str, tuple[str, int, int, int]] = {}
-    files = _Files(path.parent)
-    missing: list[str] = []
-    line = 0
-
-    def fail(what: str) -> NoReturn:
-        raise InputError(f"{path}, line {line}: {what}")
-
-    with open(path, "rb") as binary:
-        if binary.read(2) in (b"\xff\xfe", b"\xfe\xff"):
-            raise InputError(f"{path} is UTF-16; save it as «CSV UTF-8».")
+    parts: dict[str, list[Picture]] = {split: [] for split in SPLITS}
+    seen: dict[str, tuple[int, set[str], tuple[int, int]]] = {}
+    missing = []
     try:
         with open(path, encoding="utf-8-sig", newline="") as text:
-            reader = csv.reader(text, skipinitialspace=True, strict=True)
-            header = [name.strip() for name in next(reader, [])]
-            line = reader.line_num
-            if any(header.count(name) != 1 for name in _COLUMNS):
+            reader = csv.DictReader(text, skipinitialspace=True, strict=True)
+            header = [name.strip() for name in reader.fieldnames or ()]
+            reader.fieldnames = header
+            if any(header.count(name) != 1 for name in COLUMNS):
                 raise InputError(
-                    f"{path}: the first line must be {','.join(_COLUMNS)}, with "
-                    f"commas, in any order, not {','.join(header)[:80]!r}."
+                    f"{path}: the first line must be {','.join(COLUMNS)}, with commas, "
+                    f"in any order, not {','.join(header)[:80]!r}."
                 )
-            place = [header.index(name) for name in _COLUMNS]
             for row in reader:
-                line = reader.line_num
-                if not row:
-                    continue
-                if len(row) != len(header):
-                    fail(f"{len(row)} fields where the header has {len(header)}.")
-                split, written, pid_text, camid_text = (row[i] for i in place)
-                split = split.strip()
-                if split not in columns:
-                    fail(unknown("the split", split, _SPLITS))
-                camid = _whole(camid_text, "camid", fail)
-                pid = -1
-                if pid_text.strip() not in ("", "-1"):
-                    pid = _whole(pid_text, "pid", fail)
-                elif split != "train":
-                    fail(
-                        f"the pid is unknown; only train may leave it out, not {split}."
-                    )
-                if not written or "\0" in written:
-                    fail("the path is empty or holds a NUL character.")
-                file = files.find(written)
-                if not file.inside and not os.path.isabs(written):
-                    fail(
-                        f"{written} leads out of {path.parent}; write the absolute "
-                        "path of a picture that lies elsewhere."
-                    )
-                if file.key in seen:
-                    before, where, *labels = seen[file.key]
-                    if split == before or "train" in (split, before):
-                        fail(
-                            f"{written} stands in line {where} already, in {before}; "
-                            "a picture belongs to one split, once."
-                        )
-                    if labels != [pid, camid]:
-                        fail(f"{written} has another pid or camid in line {where}.")
-                seen[file.key] = (split, line, pid, camid)
-                if not file.exists:
+                split, written, pid, camid = _entry(row)
+                if (file := _find(path.parent, written)) is None:
                     missing.append(written)
                     continue
-                columns[split].add(Path(file.path), camid, pid)
+                key = os.path.join(_real(file.parent), file.name)
+                line, splits, labels = seen.setdefault(
+                    key, (reader.line_num, set(), (pid, camid))
+                )
+                both = splits ^ {split} == {"query", "gallery"}
+                if splits and not (both and labels == (pid, camid)):
+                    raise ValueError(
+                        f"{written} stands in line {line} already; a picture belongs "
+                        "to one split, or to query and gallery with one pid and camid"
+                    )
+                splits.add(split)
+                parts[split].append((file, camid, pid))
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{path} is not UTF-8 text; save it as «CSV UTF-8»."
+            f"{path} is not UTF-8 text; save it as 'CSV UTF-8'."
         ) from error
-    except csv.Error as error:
-        raise InputError(f"{path}, after line {line}: {error}.") from error
-    if not seen:
+    except InputError:
+        raise
+    except (csv.Error, ValueError) as error:
+        raise InputError(f"{path}, line {reader.line_num}: {error}.") from error
+    if not seen and not missing:
         raise InputError(f"{path} holds no pictures, only a header.")
     absent = _sentence(
-        f"Pictures named in {path} do not exist",
+        f"Pictures named in {path} do not exist, or may not be read",
         missing,
         f"relative paths start from {path.parent}, with / between folders (train "
         "leaves them out with --skip-unreadable True)",
     )
-    parts = [columns[split].images() for split in _SPLITS]
-    return Reading(ReIDDataset("manifest", *parts), missing=absent)
+    images = {split: _images(part) for split, part in parts.items()}
+    reading = Reading(ReIDDataset("manifest", **images, root=path.parent))
+    (reading.notes if skip_unreadable else reading.problems).extend(absent)
+    return reading
 
 
-def _whole(text: str, column: str, fail: Callable[[str], NoReturn]) -> int:
-    text = text.strip()
-    if not (text.isascii() and text.isdecimal() and len(text) <= 18):
-        fail(f"the {column} {text[:40]!r} is not a whole number of 0 or more.")
-    return int(text)
+def _entry(row: dict[str, str]) -> tuple[str, str, int, int]:
+    """Return split, path, identity and camera of a row; ValueError says what is odd."""
+    if None in row or None in row.values():
+        raise ValueError("it has more or fewer fields than the header")
+    split, path, pid, camid = (row[name].strip() for name in COLUMNS)
+    if split not in SPLITS:
+        raise ValueError(f"the split {split!r} is none of {', '.join(SPLITS)}")
+    unknown = split == "train" and pid in ("", "-1")
+    for name, number in (("pid", "0" if unknown else pid), ("camid", camid)):
+        if not _is_number(number):
+            raise ValueError(
+                f"the {name} {number[:40]!r} is no whole number from 0 on (only the "
+                "pid of a train picture may be empty)"
+            )
+    return split, path, -1 if unknown else int(pid), int(camid)
 
 
-def _folders(root: Path) -> Reading:
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= 18
+
+
+def _find(base: Path, written: str) -> Path | None:
+    """Return the file that a manifest names; ValueError says that it leaves `base`."""
+    # An ü may be one character in the table and two on the disk, as macOS writes it.
+    forms = [written, *(unicodedata.normalize(f, written) for f in ("NFC", "NFD"))]
+    paths = (os.path.join(base, form) for form in dict.fromkeys(forms))
+    if (path := next(filter(os.path.isfile, paths), None)) is None:
+        return None
+    if not os.path.isabs(written):
+        real = os.path.join(_real(os.path.dirname(path)), os.path.basename(path))
+        if os.path.islink(path):
+            real = os.path.realpath(path)
+        if not real.startswith(os.path.join(_real(base), "")):
+            link = Path(os.path.normpath(path)).is_relative_to(base)
+            raise ValueError(
+                f"{written} {'is or lies behind a link that ' * link}leads out of "
+                f"{base}; write the absolute path of a picture that lies elsewhere"
+            )
+    return Path(path)
+
+
+def _folders(root: Path, skip_unreadable: bool) -> Reading:
     """One folder a camera, pictures anywhere below it; identities are not known."""
-
-    def natural(path: Path) -> list[str | int]:  # cam2 before cam10
-        parts = re.split(r"([0-9]+)", path.name)
-        return [int(p) if i % 2 else p for i, p in enumerate(parts)]
-
-    entries = [Path(e) for e in os.scandir(root) if not e.name.startswith(".")]
-    loose = sorted(p.name for p in entries if p.is_file() and is_picture(p.name))
-    if loose:
+    cameras: dict[str, list[Path]] = {}
+    for path in list_pictures(root, skip_unreadable):
+        cameras.setdefault(path.relative_to(root).parts[0], []).append(path)
+    loose = [name for name, paths in cameras.items() if paths == [root / name]]
+    if loose or not cameras:
+        remedy = "move each into the folder of its camera, or see o2cap data manifest"
         defect = f"Pictures in {root} lie beside the camera folders"
-        remedy = "move each into the folder of its camera"
-        raise InputError(*_sentence(defect, loose, remedy))
-    train = _Columns()
-    cameras: dict[str, int] = {}
-    notes = []
-    for folder in sorted((p for p in entries if p.is_dir()), key=natural):
-        pictures = list_pictures(folder)
-        if not pictures:
-            notes.append(f"{folder} holds no picture and is no camera.")
-            continue
-        for picture in pictures:
-            train.add(picture, len(cameras), -1)
-        cameras[f"images of camera {len(cameras)}, {folder.name}"] = len(pictures)
-    if not cameras:
+        empty = [f"{root} holds no folder with pictures, one for each camera."]
+        raise InputError(*_sentence(defect, loose, remedy) or empty)
+    pictures, found = [], {}
+    for camid, name in enumerate(sorted(cameras, key=_natural)):
+        pictures += [(path, camid, -1) for path in cameras[name]]
+        found[f"images of camera {camid}, {name}"] = len(cameras[name])
+    note = (
+        f"Each folder in {root} is taken for a camera: {len(cameras)}, of "
+        f"{min(found.values()):,} to {max(found.values()):,} pictures; if they are "
+        "persons or tracks, write a manifest with o2cap data manifest."
+    )
+    dataset = ReIDDataset("folders", *map(_images, (pictures, [], [])))
+    return Reading(dataset, found={"train": found}, notes=[note])
+
+
+def _natural(text: str) -> list[str | int]:
+    """Return a key by which cam2 comes before cam10."""
+    parts = re.split(r"([0-9]+)", text)
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)]
+
+
+def manifest_from_pattern(
+    folder: Path, pattern: str
+) -> tuple[list[dict[str, Any]], list[Path]]:
+    """Make the rows of a manifest from what paths say.
+
+    Parameters
+    ----------
+    folder : Path
+        Where the pictures lie.
+    pattern : str
+        Their paths below the folder, such as ``{camid}/{pid}_{frame}.jpg``. It must
+        hold camid; pid, and split (train, query or gallery), mean something too, and
+        any other name is a further column. A name stands for one character or more
+        but /, as few as will do; upper and lower case are the same.
+
+    Returns
+    -------
+    rows : list of dict
+        With split, path (absolute), pid (may be empty) and camid, for
+        :class:`csv.DictWriter`. Where these are not all numbers, they are numbered in
+        sorted order, and the columns camera and identity keep the names.
+    others : list of Path
+        The pictures whose path does not fit.
+
+    Raises
+    ------
+    InputError
+        For a pattern that is none or has no camid, a split that does not exist, and
+        when no picture fits.
+    """
+    expression, names = "", set()
+    try:
+        for text, name, _, _ in string.Formatter().parse(pattern):
+            expression += re.escape(text)
+            if name is not None:
+                again = name in names
+                expression += f"(?P={name})" if again else f"(?P<{name}>[^/]+?)"
+                names.add(name)
+        compiled = re.compile(expression, re.IGNORECASE)
+    except (ValueError, re.error) as error:
+        raise InputError(f"--pattern {pattern} is none ({error}).") from error
+    if "camid" not in names:
         raise InputError(
-            f"{root} holds no pictures; it must be {ROOT_MEANS['folders']}."
+            f"--pattern {pattern} has no {{camid}}, as {{camid}}/{{frame}}.jpg has."
         )
-    empty = _Columns().images()
-    dataset = ReIDDataset("folders", train.images(), empty, empty)
-    return Reading(dataset, found={"train": cameras}, notes=notes)
+    folder = Path(os.path.abspath(folder))
+    rows: list[dict[str, Any]] = []
+    others = []
+    for path in list_pictures(folder):
+        match = compiled.fullmatch(path.relative_to(folder).as_posix())
+        if match is None:
+            others.append(path)
+            continue
+        rows.append({"split": "train", "pid": ""} | match.groupdict() | {"path": path})
+        if rows[-1]["split"] not in SPLITS:
+            raise InputError(
+                f"{path}: {unknown('the split', rows[-1]['split'], SPLITS)}"
+            )
+    if not rows:
+        what = f", such as {others[0]}" if others else ""
+        raise InputError(f"No picture in {folder} fits --pattern {pattern}{what}.")
+    for column, kept in (("camid", "camera"), ("pid", "identity")):
+        texts = sorted({row[column] for row in rows} - {""}, key=_natural)
+        number = {"": ""} | {text: i for i, text in enumerate(texts)}
+        if all(map(_is_number, texts)) and len(set(map(int, texts))) == len(texts):
+            continue
+        for row in rows:
+            row[kept], row[column] = row[column], number[row[column]]
+    return rows, others
 
 
 # ------------------------------------------------------------------------- helpers
 
-
-class _File(NamedTuple):
-    path: str
-    key: str
-    """The same for two spellings of one path."""
-    exists: bool
-    inside: bool
-    """Whether it lies in the base folder, links followed."""
+Picture = tuple[Path, int, int]  # path, camera, identity
 
 
-class _Files:
-    """Finds many files with one listing of each folder, not a look-up of each file.
-
-    Matters on network drives, where a look-up costs as much as a listing.
-    """
-
-    def __init__(self, base: Path) -> None:
-        self._base = os.path.abspath(base)
-        self._real_base = os.path.realpath(base)
-        self._folders: dict[str, tuple[str, bool, dict[str, bool]]] = {}
-
-    def _inside(self, real: str) -> bool:
-        return real == self._real_base or real.startswith(
-            self._real_base.rstrip(os.sep) + os.sep
-        )
-
-    def find(self, written: str) -> _File:
-        path = os.path.join(self._base, written)
-        parent, name = os.path.split(path)
-        if parent not in self._folders:
-            real = os.path.realpath(parent)
-            links = {}
-            try:
-                with os.scandir(parent) as entries:
-                    links = {e.name: e.is_symlink() for e in entries if e.is_file()}
-            except OSError:
-                pass  # a folder that cannot be listed has none of the files
-            self._folders[parent] = real, self._inside(real), links
-        real, inside, links = self._folders[parent]
-        # A file system that ignores case may know a name that its listing spells
-        # otherwise; so ask it before calling a file missing.
-        exists = name in links or os.path.isfile(path)
-        # (Of a million missing files, none is asked where it would lie.)
-        if links.get(name, exists or name == ".."):
-            inside = self._inside(os.path.realpath(path))
-        return _File(path, real + os.sep + name, exists, inside)
+def _images(pictures: Sequence[Picture]) -> ImageSet:
+    """Return the pictures as a set, without identities when every one is unknown."""
+    camids, pids = (
+        torch.tensor([p[i] for p in pictures], dtype=torch.int64) for i in (1, 2)
+    )
+    known = not len(pids) or bool((pids >= 0).any())
+    return ImageSet([p[0] for p in pictures], camids, pids if known else None)
 
 
 def _sentence(defect: str, names: Sequence[str], remedy: str) -> list[str]:
@@ -658,44 +592,9 @@ def _sentence(defect: str, names: Sequence[str], remedy: str) -> list[str]:
     return [f"{defect}: {len(names):,} ({first}); {remedy}."]
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not text; take it from the archive again."
-        ) from error
-
-
-@dataclass
-class _Columns:
-    """An `ImageSet` that grows."""
-
-    paths: list[Path] = field(default_factory=list)
-    camids: list[int] = field(default_factory=list)
-    pids: list[int] = field(default_factory=list)
-
-    def add(self, path: Path, camid: int, pid: int) -> None:
-        self.paths.append(path)
-        self.camids.append(camid)
-        self.pids.append(pid)
-
-    def images(self) -> ImageSet:
-        """Return the pictures; without identities when every one is unknown."""
-        known = not self.pids or max(self.pids) >= 0
-        return ImageSet(
-            self.paths,
-            torch.tensor(self.camids, dtype=torch.int64),
-            torch.tensor(self.pids, dtype=torch.int64) if known else None,
-        )
-
-
 READERS: dict[str, Callable[..., Reading]] = {
-    "market1501": _market1501,
-    "dukemtmcreid": _dukemtmcreid,
+    **{name: partial(_named, name) for name in LAYOUTS},
     "msmt17": _msmt17,
-    "veri776": _veri776,
     "manifest": _manifest,
     "folders": _folders,
 }
-SCRIPTS = tuple(PUBLISHED)  # those with a command in data_scripts/

@@ -22,9 +22,7 @@ import hashlib
 import io
 import json
 import math
-import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -44,6 +42,7 @@ from scipy.ndimage import gaussian_filter
 from o2cap.config import SyntheticConfig
 from o2cap.data.images import ImageSet, ReIDDataset
 from o2cap.errors import InputError
+from o2cap.files import cache_folder
 
 # ---------------------------------------------------------------------- the knobs
 # What may differ between cameras: the middle value, and how far the outermost
@@ -1042,18 +1041,10 @@ def _columns(config: SyntheticConfig) -> np.ndarray:
     return rng.permutation(np.array(rows, np.int64))
 
 
-def _cache_folder() -> Path:
-    """Return where rendered sets are kept: O2CAP_CACHE, or the system's own place."""
-    usual = {"win32": "~/AppData/Local", "darwin": "~/Library/Caches"}
-    usual_here = os.environ.get("XDG_CACHE_HOME") or usual.get(sys.platform, "~/.cache")
-    folder = os.environ.get("O2CAP_CACHE") or f"{usual_here}/o2cap"
-    return Path(folder).expanduser()
-
-
 def render_dataset(
     config: SyntheticConfig,
     height: int = 64,
-    width: int = 32,
+    width: int | None = None,
     *,
     workers: int = 0,
     cache: Path | None = None,
@@ -1065,7 +1056,8 @@ def render_dataset(
     config : SyntheticConfig
         What to render.
     height, width : int
-        Size of the pictures in pixels.
+        Size of the pictures in pixels; by default, persons are half as wide as high,
+        and vehicles as wide as high.
     workers : int
         Processes that render; 0 renders in this one. The pictures are the same.
     cache : Path, optional
@@ -1084,6 +1076,7 @@ def render_dataset(
     InputError
         For a size or a number of workers that cannot be used.
     """
+    width = width or (height // 2 if config.kind == "person" else height)
     if min(height, width) < 16 or max(height, width) > 2048:
         raise InputError(
             f"a picture of {height} x {width}: give 16 to 2048 pixels a side"
@@ -1094,7 +1087,7 @@ def render_dataset(
     # The source is part of the key: another renderer makes another set.
     settings = json.dumps([asdict(config), height, width], sort_keys=True).encode()
     key = hashlib.sha256(settings + Path(__file__).read_bytes()).hexdigest()[:16]
-    folder = (cache or _cache_folder()) / f"{config.kind}-{key}"
+    folder = (cache or cache_folder()) / f"{config.kind}-{key}"
     names = [f"{i:06d}.png" for i in range(len(rows))]
     if sum(1 for _ in folder.glob("images/*.png")) != len(rows):
         shutil.rmtree(folder, ignore_errors=True)  # something tidied parts of it away

@@ -69,15 +69,11 @@ def augment(
     """
     batch, height, width, _ = pixels.shape
     draw = torch.rand(batch, 12, generator=generator)[rows]
-    pixels = pixels[rows]
     border = round(pad * height)
-
     start = (draw[:, :2] * (2 * border + 1)).long()
-    changed = _moved(pixels, border, start, draw[:, 2] < flip)
+    changed = _moved(pixels[rows], border, start, draw[:, 2] < flip)
     if jitter > 0:
-        changed = _jitter(
-            changed, draw[:, 3:9].to(pixels.device, non_blocking=True), jitter
-        )
+        changed = _jitter(changed, draw[:, 3:9], jitter)
     pictures = normalise(changed)
     if erase > 0:
         tries = torch.rand(batch, 10, 2, generator=generator)[rows]
@@ -95,16 +91,12 @@ def _erase(pictures: Tensor, boxes: Tensor) -> None:
     """Set a rectangle in each picture to 0; `boxes` is as :func:`_boxes` returns it."""
     if _by_picture(pictures.device):
         for picture, box in zip(pictures, boxes.tolist(), strict=True):
-            top, left, bottom, right = box
-            if bottom > top:
-                picture[:, top:bottom, left:right] = 0
+            picture[:, box[0] : box[2], box[1] : box[3]] = 0
         return
-    height, width = pictures.shape[2:]
-    boxes = boxes.to(pictures.device, non_blocking=True)[:, :, None]
-    row = torch.arange(height, device=pictures.device)
-    column = torch.arange(width, device=pictures.device)
-    tall = (boxes[:, 0] <= row) & (row < boxes[:, 2])
-    wide = (boxes[:, 1] <= column) & (column < boxes[:, 3])
+    top, left, bottom, right = boxes.to(pictures.device, non_blocking=True).T[..., None]
+    row = torch.arange(pictures.shape[2], device=pictures.device)
+    column = torch.arange(pictures.shape[3], device=pictures.device)
+    tall, wide = (top <= row) & (row < bottom), (left <= column) & (column < right)
     pictures.masked_fill_((tall[:, :, None] & wide[:, None])[:, None], 0)
 
 
@@ -115,21 +107,21 @@ def _moved(pixels: Tensor, border: int, start: Tensor, mirror: Tensor) -> Tensor
     """
     height, width = pixels.shape[1:3]
     framed = F.pad(pixels, (0, 0, border, border, border, border))
-    if not _by_picture(pixels.device):
-        across = torch.arange(width)
-        row = start[:, :1] + torch.arange(height)
-        column = start[:, 1:] + torch.where(mirror[:, None], across.flip(0), across)
-        row = row.to(pixels.device, non_blocking=True)
-        column = column.to(pixels.device, non_blocking=True)
-        picture = torch.arange(len(pixels), device=pixels.device)
-        return framed[picture[:, None, None], row[:, :, None], column[:, None]]
-    windows = []
-    for picture, (top, left), flip in zip(
-        framed, start.tolist(), mirror.tolist(), strict=True
-    ):
-        window = picture[top : top + height, left : left + width]
-        windows.append(window.flip(1) if flip else window)
-    return torch.stack(windows)
+    if _by_picture(pixels.device):
+        windows = []
+        places = zip(framed, start.tolist(), mirror.tolist(), strict=True)
+        for picture, (top, left), flip in places:
+            window = picture[top : top + height, left : left + width]
+            windows.append(window.flip(1) if flip else window)
+        return torch.stack(windows)
+    across = torch.arange(width)
+    row = start[:, :1] + torch.arange(height)
+    column = start[:, 1:] + torch.where(mirror[:, None], across.flip(0), across)
+    picture, row, column = (
+        index.to(pixels.device, non_blocking=True)
+        for index in (torch.arange(len(pixels)), row, column)
+    )
+    return framed[picture[:, None, None], row[:, :, None], column[:, None]]
 
 
 def _jitter(pixels: Tensor, draw: Tensor, strength: float) -> Tensor:
@@ -138,6 +130,7 @@ def _jitter(pixels: Tensor, draw: Tensor, strength: float) -> Tensor:
     Maps [B, H, W, 3] in 0..255 to the same, as floats.
     """
     factor = (1 + strength * (2 * draw - 1))[:, None, None]
+    factor = factor.to(pixels.device, non_blocking=True)
     x = pixels * factor[..., :1]
     x = torch.lerp(x.mean(dim=(1, 2, 3), keepdim=True), x, factor[..., 1:2])
     x = torch.lerp(x.mean(dim=3, keepdim=True), x, factor[..., 2:3])
