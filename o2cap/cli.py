@@ -2,7 +2,7 @@
 
 What people read goes to standard error; standard output holds what a script wants:
 the run directory, a path, or JSON. Of several processes that torchrun starts, the first
-speaks. Exit codes: 0 done, 2 the person's input, 1 a fault of ours, 130 and 143
+speaks. Exit codes: 0 done, 2 the user's input, 1 a fault of ours, 130 and 143
 interrupted, 141 nobody reads the output.
 """
 
@@ -14,9 +14,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,72 +25,66 @@ import o2cap
 from o2cap.config import STYLE, Config, SyntheticConfig, starting_point
 from o2cap.errors import InputError, TrainingError
 
-logger = logging.getLogger("o2cap")
-
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     args = sys.argv[1:] if args is None else list(args)
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
-    logger.setLevel(logging.INFO if _speaks() else logging.ERROR)
-    signal.signal(signal.SIGTERM, partial(_terminated, args))
-    if args == ["--version"]:
-        print(f"o2cap {o2cap.__version__}")
-        return 0
+    goes_on = args[:1] in (["train"], ["reproduce"]) and "--check" not in args
+    again = "; the same command goes on" if goes_on else ""
+    _prepare()
     try:
-        default = starting_point(args[1:] if args[:1] == ["train"] else [])
-        tyro.extras.subcommand_cli_from_dict(
-            _commands(default),
-            prog="o2cap",
-            description=o2cap.__doc__,
-            args=args,
-            console_outputs=_speaks(),
-            config=STYLE,
-        )
+        try:
+            _run(args)
+        finally:
+            sys.stdout.flush()
+        return 0
     except InputError as error:
-        _say(str(error))
-        return 2
+        code, said = 2, str(error)
     except TrainingError as error:
-        _say(str(error))
-        return 1
+        code, said = 1, str(error)
+    except KeyboardInterrupt as error:
+        code, word = (143, "terminated") if error.args else (130, "interrupted")
+        said = f"{word}{again}."
     except BrokenPipeError:  # as in o2cap train --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:  # what nobody closer to the file has put into words
-        _say(
-            f"{error.filename or 'A file'} cannot be used ({error.strerror or error})."
-        )
-        return 2
-    except KeyboardInterrupt:
-        _say(f"interrupted{_way_on(args)}.")
-        return 130
-    return 0
+        name, reason = error.filename or "A file", error.strerror or error
+        code, said = 2, f"{name} cannot be used ({reason})."
+    if _speaks():
+        print(f"o2cap: {said}", file=sys.stderr)
+    return code
+
+
+def _prepare() -> None:
+    """Decide how text and signals leave the program; nothing of it ever fails."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or Path(os.devnull).open("w")  # noqa: SIM115
+        # a file name that is no text goes out as the bytes that it is
+        utf8 = stream.encoding.lower() == "utf-8"
+        stream.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
+        setattr(sys, name, stream)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
+    logging.getLogger("o2cap").setLevel("INFO" if _speaks() else "ERROR")
+    signal.signal(signal.SIGTERM, _terminate)
+
+
+def _terminate(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt(signum)
 
 
 def _speaks() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _say(sentence: str) -> None:
-    if _speaks():
-        print(f"o2cap: {sentence}", file=sys.stderr)
+def _run(args: Sequence[str]) -> None:
+    if args == ["--version"]:
+        print(f"o2cap {o2cap.__version__}")
+        return
+    default = starting_point(args[1:] if args[:1] == ["train"] else [])
 
-
-def _terminated(args: Sequence[str], signum: int, frame: object) -> None:
-    _say(f"terminated{_way_on(args)}.")
-    raise SystemExit(128 + signum)
-
-
-def _way_on(args: Sequence[str]) -> str:
-    goes_on = args[:1] in (["train"], ["reproduce"]) and "--check" not in args
-    return "; the same command goes on" if goes_on else ""
-
-
-# torch, and what stands on it, is imported inside the commands: --help and a misspelt
-# option answer at once.
-
-
-def _commands(default: Config) -> dict[str, Callable[..., Any]]:
+    # torch, and what stands on it, is imported inside the commands: --help and a
+    # misspelt option answer at once.
     def train(config: Annotated[Config, tyro.conf.arg(name="")] = default) -> None:
         """Train on several cameras' pictures without identity labels.
 
@@ -104,26 +97,44 @@ def _commands(default: Config) -> dict[str, Callable[..., Any]]:
         if _speaks():
             print(result.directory)
 
-    return {
-        "train": train,
-        "evaluate": evaluate,
-        "embed": embed,
-        "search": search,
-        "cluster": cluster,
-        "report": report,
-        "data": data,
-        "reproduce": reproduce,
-    }
+    commands = (train, evaluate, embed, search, cluster, report, data, reproduce)
+    tyro.extras.subcommand_cli_from_dict(
+        {command.__name__: command for command in commands},
+        prog="o2cap",
+        description=o2cap.__doc__,
+        args=args,
+        console_outputs=_speaks(),
+        config=STYLE,
+    )
 
 
-_O = tyro.conf.arg(aliases=("-o",))
-Output = Annotated[Path, _O]
+_SHORT = tyro.conf.arg(aliases=("-o",))
+Run = tyro.conf.Positional[Path]
+Pictures = tyro.conf.Positional[tuple[Path, ...]]
+Name = tyro.conf.Positional[str]
+Place = Path | None
+Out = Annotated[Path, _SHORT]
+Maybe = Annotated[Path | None, _SHORT]
+Split = Literal["train", "query", "gallery"]
+
+
+@dataclass(frozen=True)
+class How:
+    """What embed, search and cluster have in common."""
+
+    device: str = "auto"
+    """auto, cpu, cuda, mps."""
+    skip_unreadable: bool = False
+    """Leave unreadable pictures out, with a warning."""
+
+
+_How = Annotated[How, tyro.conf.arg(name="")]
 
 
 def evaluate(
-    run: tyro.conf.Positional[Path],
+    run: Run,
     dataset: str | None = None,
-    root: Path | None = None,
+    root: Place = None,
     device: str = "auto",
     workers: int = 0,
 ) -> None:
@@ -143,13 +154,9 @@ def evaluate(
     from o2cap.run import load_model
 
     config, model = load_model(run)
-    config = replace(
-        config,
-        dataset=dataset or config.dataset,
-        root=root or (None if dataset else config.root),
-        device=device,
-        workers=workers,
-    )
+    config = replace(config, device=device, workers=workers)
+    if dataset or root:
+        config = replace(config, dataset=dataset or config.dataset, root=root)
     hardware = Hardware.choose(config)
     with hardware.in_force(config):
         found = load_configured(config)
@@ -169,40 +176,29 @@ def evaluate(
     print(json.dumps(metrics))
 
 
-def embed(
-    run: tyro.conf.Positional[Path],
-    pictures: tyro.conf.Positional[tuple[Path, ...]],
-    output: Output,
-    device: str = "auto",
-    skip_unreadable: bool = False,
-) -> None:
+def embed(run: Run, pictures: Pictures, output: Out, how: _How = How()) -> None:
     """Compute features of pictures, for search and cluster. Prints the file.
 
     Args:
         run: Run directory.
         pictures: Files and folders.
         output: The .npz file to write: paths, features, camids.
-        device: auto, cpu, cuda, mps.
-        skip_unreadable: Leave unreadable pictures out, with a warning.
     """
     from o2cap import inference
 
-    _check_suffix(output, ".npz")
-    found = inference.embed(
-        run, pictures, device=device, skip_unreadable=skip_unreadable
-    )
+    _check(output, ".npz")
+    found = inference.embed(run, pictures, **asdict(how))
     found.save(output)
     print(output)
 
 
 def search(
-    run: tyro.conf.Positional[Path],
-    query: tyro.conf.Positional[Path],
+    run: Run,
+    query: Run,
     gallery: Path,
-    output: Annotated[Path | None, _O] = None,
+    output: Maybe = None,
     top: int = 10,
-    device: str = "auto",
-    skip_unreadable: bool = False,
+    how: _How = How(),
 ) -> None:
     """Find the pictures most like one picture. Prints the matches as JSON.
 
@@ -212,16 +208,11 @@ def search(
         gallery: Where to search: a folder, or the .npz file of o2cap embed.
         output: Also draw the ranked list (.png), or write it (.json, .csv).
         top: Matches at most.
-        device: auto, cpu, cuda, mps.
-        skip_unreadable: Leave unreadable pictures out, with a warning.
     """
     from o2cap import inference
 
-    if output is not None:
-        _check_suffix(output, ".png", ".json", ".csv")
-    found = inference.search(
-        run, query, gallery, top=top, device=device, skip_unreadable=skip_unreadable
-    )
+    _check(output, ".png", ".json", ".csv")
+    found = inference.search(run, query, gallery, top=top, **asdict(how))
     if output is not None:
         found.save(output)
     matches = [asdict(match) for match in found.matches()]
@@ -229,12 +220,7 @@ def search(
 
 
 def cluster(
-    run: tyro.conf.Positional[Path],
-    pictures: tyro.conf.Positional[tuple[Path, ...]],
-    output: Output,
-    sheets: Path | None = None,
-    device: str = "auto",
-    skip_unreadable: bool = False,
+    run: Run, pictures: Pictures, output: Out, sheets: Place = None, how: _How = How()
 ) -> None:
     """Group pictures into pseudo identities. Prints the counts as JSON.
 
@@ -243,18 +229,14 @@ def cluster(
         pictures: Files and folders, or one .npz file of o2cap embed.
         output: The CSV file to write: path, camid, cluster (-1: an outlier).
         sheets: Also draw a contact sheet per cluster, into this new folder.
-        device: auto, cpu, cuda, mps.
-        skip_unreadable: Leave unreadable pictures out, with a warning.
     """
     from o2cap import inference
 
-    _check_suffix(output, ".csv")
+    _check(output, ".csv")
     if sheets is not None:
         inference.refuse_occupied(sheets)
     source = pictures[0] if len(pictures) == 1 else pictures
-    found = inference.cluster(
-        run, source, device=device, skip_unreadable=skip_unreadable
-    )
+    found = inference.cluster(run, source, **asdict(how))
     if sheets is not None:
         found.save_sheets(sheets)
     found.save(output)
@@ -266,13 +248,13 @@ def cluster(
     print(json.dumps(counts))
 
 
-def _check_suffix(path: Path, *suffixes: str, option: str = "--output") -> None:
+def _check(path: Path | None, *suffixes: str, option: str = "--output") -> None:
     """Refuse a file name before the work is done that it was to hold."""
-    if path.suffix.lower() not in suffixes:
+    if path is not None and path.suffix.lower() not in suffixes:
         raise InputError(f"{option} {path} must end in {' or '.join(suffixes)}.")
 
 
-def report(run: tyro.conf.Positional[Path], device: str = "auto") -> None:
+def report(run: Run, device: str = "auto") -> None:
     """Write one page about a run, RUN/report.html. Prints its path.
 
     Args:
@@ -284,12 +266,7 @@ def report(run: tyro.conf.Positional[Path], device: str = "auto") -> None:
     print(write_report(run, device=device))
 
 
-def sheet(
-    name: tyro.conf.Positional[str],
-    output: Output,
-    root: Path | None = None,
-    split: Literal["train", "query", "gallery"] = "train",
-) -> None:
+def sheet(name: Name, output: Out, root: Place = None, split: Split = "train") -> None:
     """Draw a contact sheet of a data set: a row an identity, columns by camera.
 
     Args:
@@ -298,29 +275,24 @@ def sheet(
         root: Its folder; for manifest, the CSV file.
         split: Which part.
     """
-    import torch
-
     from o2cap.data import load_dataset
     from o2cap.files import replacing
     from o2cap.sheets import contact_sheet
 
-    _check_suffix(output, ".png")
+    _check(output, ".png")
     images = load_dataset(name, root).splits()[split]
     if not len(images):
         raise InputError(f"The data set {name} has no {split} pictures.")
     known = images.pids is not None and bool((images.pids >= 0).any())
-    rows = images.pids if known else torch.zeros(len(images), dtype=torch.int64)
+    rows = images.pids if known else images.camids * 0
     drawn = contact_sheet(images, rows, name="identity" if known else "unknown")
     with replacing(output) as path:
-        drawn.save(path, "png")
+        drawn.save(path, "PNG")
     print(output)
 
 
 def verify(
-    name: tyro.conf.Positional[str],
-    root: Path | None = None,
-    pictures: bool = False,
-    list: Path | None = None,
+    name: Name, root: Place = None, pictures: bool = False, list: Place = None
 ) -> None:
     """Compare a data set with what was published of it; exit code 2 if it differs.
 
@@ -334,8 +306,7 @@ def verify(
     from o2cap.data.readers import verify_dataset
     from o2cap.files import replacing
 
-    if list is not None:
-        _check_suffix(list, ".csv", option="--list")
+    _check(list, ".csv", option="--list")
     found = verify_dataset(name, root, pictures=pictures)
     print(f"{'split':<10}{'':<12}{'published':>12}{'found':>12}")
     for row in found.rows:
@@ -358,7 +329,7 @@ def verify(
 
 
 def export(
-    folder: tyro.conf.Positional[Path],
+    folder: Run,
     synthetic: SyntheticConfig = SyntheticConfig(),  # noqa: B008 (frozen)
     height: int = 64,
     width: int | None = None,
@@ -375,8 +346,7 @@ def export(
     """
     from o2cap.data.synthetic import export_market1501, render_dataset
 
-    if width is None:
-        width = height // 2 if synthetic.kind == "person" else height
+    width = width or (height // 2 if synthetic.kind == "person" else height)
     rendered = render_dataset(synthetic, height, width, workers=workers)
     export_market1501(rendered, folder)
     print(folder)
@@ -399,14 +369,14 @@ _Flag = tyro.conf.UseCounterAction[int]  # given or not
 def reproduce(
     target: tyro.conf.Positional[str | None] = None,
     dataset: str | None = None,
-    root: Path | None = None,
-    output: Annotated[Path | None, _O] = None,
+    root: Place = None,
+    output: Maybe = None,
     cores: int = 0,
     only: str = "*",
     dry_run: _Flag = 0,
     check: _Flag = 0,
-    profile: Path | None = None,
-    grid: Path | None = None,
+    profile: Place = None,
+    grid: Place = None,
 ) -> None:
     """Run a grid of trainings as a batch, and write its record.
 
@@ -432,20 +402,16 @@ def reproduce(
     from o2cap_book import batch
 
     usual = "check" if check else "paper" if dataset else "ablation"
-    target, grid = target or usual, grid or batch.GRID
-    what: dict[str, Any] = {"dataset": dataset, "root": root, "grid": grid}
-    what |= {"only": only, "cores": cores}
+    grid = grid or batch.GRID
+    what = batch.Batch(target or usual, dataset, root, grid, only, cores)
+    if check and (dry_run or output or profile):
+        raise InputError(
+            "--check trains, on this machine and in a place of its own; leave "
+            "--dry-run, --output and --profile out."
+        )
     if check:
-        others = {"--dry-run": dry_run, "--output": output, "--profile": profile}
-        if given := [name for name, value in others.items() if value]:
-            raise InputError(
-                "--check trains, on this machine and in a place of its own; leave "
-                f"{' and '.join(given)} out."
-            )
-        print(batch.check(target, **what))
+        print(batch.check(what))
         return
     how: dict[str, Any] = {"dry_run": bool(dry_run), "profile": profile}
-    how |= {"output": output or batch.OUTPUT}
-    record = batch.reproduce(target, **what, **how)
-    if record is not None:
+    if record := batch.reproduce(what, output or batch.OUTPUT, **how):
         print(record)

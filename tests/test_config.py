@@ -162,27 +162,6 @@ def test_a_preset_said_wins_over_the_data_sets() -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "near"),
-    [
-        (["--epoch", "3"], "--epochs"),
-        (["--clustering.esp", "0.4"], "--clustering.eps"),
-        (["--preset", "smoke", "--interations", "3"], "--iterations"),
-        (["--prest", "smoke"], "--preset"),
-        (["--methd", "both"], "--method"),
-    ],
-)
-def test_an_unknown_option_is_refused_with_the_nearest(
-    args: list[str], near: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as caught:
-        parse(args)
-    assert caught.value.code == 2
-    said = capsys.readouterr()
-    assert near in said.err
-    assert said.out == ""
-
-
-@pytest.mark.parametrize(
     "args",
     [
         ["--epochs", "many"],
