@@ -25,7 +25,7 @@ from o2cap.data.loading import decode
 from o2cap.device import Hardware
 from o2cap.errors import InputError
 from o2cap.features import extract_all
-from o2cap.files import replacing, usable
+from o2cap.files import read_json, replacing, usable
 from o2cap.neighbours import nearest_neighbours
 from o2cap.run import load_model
 from o2cap.sheets import contact_sheet, ranked_lists
@@ -191,6 +191,7 @@ def embed(
     images = pictures if isinstance(pictures, ImageSet) else find_pictures(pictures)
     if not len(images):
         raise InputError("There are no pictures to embed.")
+    images = _as_trained(run, images)
     hardware = Hardware.choose(replace(config, device=device))
     with hardware.in_force(config):
         pixels, images = decode(
@@ -203,6 +204,12 @@ def embed(
         model = model.to(hardware.device)
         features = extract_all(model, pixels, config, hardware, progress=True)
     return Embedding(images, features.cpu(), _fingerprint(run))
+
+
+def _as_trained(run: Path, images: ImageSet) -> ImageSet:
+    """Return the pictures with the run's range of grey, if it has one."""
+    known = read_json(run / "environment.json").get("grey_range")
+    return replace(images, grey_range=tuple(known)) if known else images
 
 
 def _fingerprint(run: Path) -> str:
@@ -223,7 +230,7 @@ def _embedded(
             f"{name} were made by another model than that of {run}; features of two "
             "models cannot be compared, so embed the pictures again."
         )
-    return source
+    return replace(source, images=_as_trained(run, source.images))
 
 
 @dataclass(frozen=True)

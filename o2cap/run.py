@@ -475,6 +475,7 @@ def input_facts(dataset: ReIDDataset, labels: Tensor | None) -> Metrics:
         "dataset": dataset.name,
         "counts": dataset.counts(),
         "fingerprint": dataset.fingerprint(),
+        "grey_range": dataset.train.grey_range and list(dataset.train.grey_range),
         "pseudo_labels": given,
     }
 

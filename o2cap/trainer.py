@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -377,7 +377,7 @@ def prepare(
         dataset.query,
         dataset.gallery,
     )
-    kept = ReIDDataset(dataset.name, images, query, gallery)
+    kept = replace(dataset, train=images, query=query, gallery=gallery)
     facts = facts | {"readable": kept.fingerprint()}
     run.check_input(**facts)
     run.begin(dataset, kept, describe_environment(config, hardware) | facts)
