@@ -1,4 +1,4 @@
-"""Using a trained model on new pictures: embed, search, cluster."""
+"""Using a trained model on new pictures: embed, search, cluster, export."""
 
 from __future__ import annotations
 
@@ -7,40 +7,34 @@ import hashlib
 import io
 import json
 import os
-import re
-import zipfile
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from o2cap.data.images import ImageSet, list_pictures
+from o2cap import reranking
+from o2cap.data.finding import find_pictures
+from o2cap.data.images import ImageSet
 from o2cap.data.loading import decode
+from o2cap.data.readers import name_layout
+from o2cap.data.transforms import MEAN, STD
 from o2cap.device import Hardware
 from o2cap.errors import InputError
 from o2cap.features import extract_all
-from o2cap.files import read_json, replacing, usable
-from o2cap.neighbours import nearest_neighbours
+from o2cap.files import read_json, replacing
 from o2cap.run import load_model
 from o2cap.sheets import contact_sheet, ranked_lists
 from o2cap.trainer import find_clusters
 
-# 0002_c1s1_000451_03.jpg, as in Market-1501, DukeMTMC-reID and VeRi-776
-_NAME = re.compile(r"(-1|\d{1,9})_c(\d{1,9})", re.ASCII)
-_CAMERA_FOLDER = re.compile(r"(?:camera|cam|c)[-_ ]?(\d{1,9})", re.I | re.ASCII)
+_BLOCK_ELEMENTS = 2**24  # distances held at once (64 MiB)
 
-
-# What numpy raises for a file that is empty, cut off, damaged, or something else.
-UNREADABLE = (
-    *(OSError, EOFError, ValueError, KeyError, TypeError),
-    *(zipfile.BadZipFile, zlib.error),
-)
+# ------------------------------------------------------------------------------- embed
 
 
 @dataclass(frozen=True)
@@ -62,18 +56,19 @@ class Embedding:
     model: str
 
     def save(self, path: Path) -> None:
-        """Write ``paths``, ``features``, ``camids`` and ``model`` to an .npz file.
+        """Write an .npz file: a row a picture, and the fingerprint ``model``.
 
-        Raises
-        ------
-        InputError
-            When the file cannot be written.
+        Its columns are ``paths``, ``features``, ``camids``, and the names ``cameras``
+        and ``identities``; −1 or empty where unknown.
         """
+        images, each = self.images, range(len(self.images))
         columns: dict[str, Any] = {
-            "paths": np.array([str(p) for p in self.images.paths], dtype=np.str_),
+            "paths": [str(path) for path in images.paths],
             "features": self.features.numpy(),
-            "camids": self.images.camids.numpy(),
-            "model": np.array(self.model),
+            "camids": images.camids.numpy(),
+            "cameras": [images.camera(i) for i in each],
+            "identities": [images.identity(i) for i in each],
+            "model": self.model,
         }
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **columns)
@@ -90,80 +85,28 @@ def load_embedding(path: Path) -> Embedding:
     fault = f"{path} holds no features written by o2cap embed"
     try:
         with np.load(path, allow_pickle=False) as file:
-            paths, features, camids, model = (
-                file[name] for name in ("paths", "features", "camids", "model")
-            )
+            columns = dict(file)
+        paths, *names = (
+            columns[n].tolist() for n in ("paths", "cameras", "identities")
+        )
+        features = torch.from_numpy(columns["features"]).float()
+        camids = torch.from_numpy(columns["camids"])
+        images = ImageSet([Path(path) for path in paths], camids, None, *names)
+        if features.shape[:-1] != camids.shape or not features.isfinite().all():
+            raise ValueError("its columns have other shapes or values")
     except FileNotFoundError as error:
         raise InputError(f"The file {path} does not exist.") from error
-    except UNREADABLE as error:
+    except Exception as error:  # numpy raises many kinds on damaged files
         raise InputError(f"{fault} ({error}).") from error
-    n = len(paths) if paths.ndim == 1 else 0
-    shapes = n and features.shape[:1] == camids.shape == (n,) and features.ndim == 2
-    types = (paths.dtype.kind, features.dtype, camids.dtype, model.dtype.kind)
-    if not shapes or types != ("U", np.float32, np.int64, "U"):
-        raise InputError(f"{fault}: its columns have other shapes or types.")
-    if not np.isfinite(features).all():
-        raise InputError(f"{fault}: some are no finite numbers.")
-    where = [Path(p) for p in paths.tolist()]
-    pids = _identities([_read_name(p, p.parent)[1] for p in where])
-    images = ImageSet(where, torch.from_numpy(camids), pids)
-    return Embedding(images, torch.from_numpy(features), str(model))
+    return Embedding(images, features, str(columns["model"]))
 
 
-def find_pictures(where: Path | Sequence[Path]) -> ImageSet:
-    """Return the pictures that files and folders (with all below them) hold.
-
-    A name as in Market-1501 (``0002_c1s1_000451_03.jpg``) says identity and camera.
-    Otherwise the camera is the number of the nearest folder called like ``cam3``,
-    ``camera_3`` or ``c3``, not above the folder given, or above the file's own. What
-    is not known is −1. Paths are absolute, and a picture named twice is taken once.
-
-    Raises
-    ------
-    InputError
-        When something does not exist, or a folder holds no picture.
-    """
-    known: dict[Path, tuple[int, int]] = {}
-    for given in [where] if isinstance(where, Path) else where:
-        place = Path(os.path.abspath(given))
-        with usable(place):
-            is_folder, is_file = place.is_dir(), place.is_file()
-        if is_folder:
-            paths, top = list_pictures(place), place.parent
-        elif is_file:
-            paths, top = [place], place.parent.parent
-        else:
-            raise InputError(f"{given} does not exist; name a picture or a folder.")
-        if not paths:
-            raise InputError(f"The folder {given} holds no picture.")
-        for path in paths:
-            known.setdefault(path, _read_name(path, top))
-    if not known:
-        raise InputError("No pictures were named; name files or folders.")
-    camids, pids = zip(*known.values(), strict=True)
-    return ImageSet(list(known), torch.tensor(camids), _identities(pids))
-
-
-def _read_name(path: Path, top: Path) -> tuple[int, int]:
-    """Return the camera and the identity that a path below `top` names, or −1."""
-    if named := _NAME.match(path.name):
-        return int(named[2]), int(named[1])
-    for folder in reversed(path.relative_to(top).parts[:-1]):
-        if camera := _CAMERA_FOLDER.fullmatch(folder):
-            return int(camera[1]), -1
-    return -1, -1
-
-
-def _identities(pids: Sequence[int]) -> Tensor | None:
-    return torch.tensor(pids) if any(pid >= 0 for pid in pids) else None
-
-
-Pictures = Path | Sequence[Path] | ImageSet
+Pictures = Path | Sequence[Path]
 
 
 def embed(
     run: Path,
-    pictures: Pictures,
+    pictures: Pictures | ImageSet,
     *,
     device: str = "auto",
     skip_unreadable: bool = False,
@@ -175,7 +118,8 @@ def embed(
     run : Path
         Directory of a finished run.
     pictures : Path, sequence of Path, or ImageSet
-        Files and folders, see :func:`find_pictures`, or a set of pictures.
+        Files and folders, see :func:`find_pictures`, or a set of pictures. Cameras that
+        the run was trained on keep their numbers.
     device : str
         As the setting of the same name.
     skip_unreadable : bool
@@ -188,19 +132,20 @@ def embed(
         be read, or a device that is not here.
     """
     config, model = load_model(run)
-    images = pictures if isinstance(pictures, ImageSet) else find_pictures(pictures)
+    images = pictures
+    if not isinstance(images, ImageSet):
+        known = read_json(run / "environment.json").get("cameras", [])
+        images = find_pictures(images, known, skip_unreadable=skip_unreadable)
     if not len(images):
         raise InputError("There are no pictures to embed.")
     images = _as_trained(run, images)
     hardware = Hardware.choose(replace(config, device=device))
     with hardware.in_force(config):
-        pixels, images = decode(
-            images,
-            config.height,
-            config.width,
-            workers=config.workers,
-            skip_unreadable=skip_unreadable,
-        )
+        how: dict[str, Any] = {
+            "workers": config.workers,
+            "skip_unreadable": skip_unreadable,
+        }
+        pixels, images = decode(images, config.height, config.width, **how)
         model = model.to(hardware.device)
         features = extract_all(model, pixels, config, hardware, progress=True)
     return Embedding(images, features.cpu(), _fingerprint(run))
@@ -217,14 +162,14 @@ def _fingerprint(run: Path) -> str:
 
 
 def _embedded(
-    run: Path, source: Pictures | Embedding, device: str, skip_unreadable: bool
+    run: Path, source: Pictures | ImageSet | Embedding, **how: Any
 ) -> Embedding:
     """Return `source` embedded, by the run, or before and read from a file."""
     name = "the features given"
     if isinstance(source, Path) and source.suffix.lower() == ".npz":
         source, name = load_embedding(source), str(source)
     if not isinstance(source, Embedding):
-        return embed(run, source, device=device, skip_unreadable=skip_unreadable)
+        return embed(run, source, **how)
     if source.model != _fingerprint(run):
         raise InputError(
             f"{name} were made by another model than that of {run}; features of two "
@@ -233,124 +178,177 @@ def _embedded(
     return replace(source, images=_as_trained(run, source.images))
 
 
+# ------------------------------------------------------------------------------ search
+
+
 @dataclass(frozen=True)
 class Match:
-    """One picture found: rank from 1, cosine distance 0 to 2, −1 for no camera.
+    """One picture found: rank from 1, cosine distance 0 to 2.
 
-    `same_identity` is None where an identity is not known.
+    Camera and identity are −1 and "" where not known, and `same_identity` is None where
+    that of the query or of the match is not known.
     """
 
     rank: int
     path: str
     camid: int
+    camera: str
+    identity: str
     distance: float
     same_identity: bool | None
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """What a search found: the query (one picture), and the matches, best first."""
+    """What a search found.
+
+    Parameters
+    ----------
+    query, gallery : ImageSet
+        Q and G pictures.
+    index : LongTensor [Q, K]
+        The matches of each query in the gallery, best first; −1 where there are fewer.
+    distance : FloatTensor [Q, K]
+        Their cosine distance.
+    """
 
     query: ImageSet
-    found: ImageSet
-    similarity: Tensor
+    gallery: ImageSet
+    index: Tensor
+    distance: Tensor
 
-    def matches(self) -> list[Match]:
-        """Return the matches as plain records."""
-        mine, theirs = self.query.pids, self.found.pids
-        matches = []
-        for i, path in enumerate(self.found.paths):
-            same = None
-            if mine is not None and theirs is not None and mine[0] >= 0 <= theirs[i]:
-                same = bool(mine[0] == theirs[i])
-            distance = round(max(1 - float(self.similarity[i]), 0), 6)
-            camid = int(self.found.camids[i])
-            matches.append(Match(i + 1, str(path), camid, distance, same))
-        return matches
+    def matches(self, query: int = 0) -> list[Match]:
+        """Return the matches of a query as plain records."""
+        mine, there = self.query.identity(query), self.gallery
+        found: list[Match] = []
+        for j, distance in zip(self.index[query], self.distance[query], strict=True):
+            if j >= 0:
+                theirs, camid = there.identity(j), int(there.camids[j])
+                place = (len(found) + 1, str(there.paths[j]), camid, there.camera(j))
+                same = mine == theirs if mine and theirs else None
+                value = round(max(float(distance), 0), 6)
+                found.append(Match(*place, theirs, value, same))
+        return found
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return the path and the matches of each query, as JSON has them."""
+        return [
+            {"query": str(path), "matches": [asdict(m) for m in self.matches(i)]}
+            for i, path in enumerate(self.query.paths)
+        ]
 
     def figure(self) -> Image:
-        """Draw the ranked list; see :func:`o2cap.sheets.ranked_lists`."""
-        return ranked_lists(
-            self.query,
-            self.found,
-            self.similarity[None],
-            top=len(self.found),
-            same_camera=True,
-        )
+        """Draw the ranked lists of the first queries, 20 at most."""
+        first = torch.arange(min(len(self.query), 20))
+        shown = self.index[first], self.distance[first]
+        return ranked_lists(self.query.select(first), self.gallery, *shown)
 
     def save(self, path: Path) -> None:
-        """Write the picture (.png) or the records (.json, .csv), by the suffix.
-
-        Raises
-        ------
-        InputError
-            For another suffix, a file that cannot be written, or, for the picture,
-            a match that is no longer where it was.
-        """
-        rows = [asdict(match) for match in self.matches()]
-        match path.suffix.lower():
-            case ".png":
-                content = self.figure()._repr_png_() or b""
-            case ".json":
-                whole = {"query": str(self.query.paths[0]), "matches": rows}
-                content = json.dumps(whole, indent=2).encode()
-            case ".csv":
-                content = _as_csv(
-                    list(Match.__annotations__), [r.values() for r in rows]
-                )
-            case _:
-                raise InputError(f"{path} must end in .png, .json or .csv.")
-        _write(path, content)
+        """Write the picture (.png) or the records (.json, .csv), by the suffix."""
+        records = self.records()
+        rows = [
+            {"query": r["query"]} | match for r in records for match in r["matches"]
+        ]
+        if path.suffix.lower() != ".png":
+            return _write(path, ["query", *Match.__annotations__], rows, records)
+        with replacing(path) as temporary:
+            self.figure().save(temporary, "png")
 
 
 def search(
     run: Path,
-    query: Path | ImageSet,
-    gallery: Pictures | Embedding,
+    queries: Pictures | ImageSet,
+    gallery: Pictures | ImageSet | Embedding,
     *,
     top: int = 10,
+    max_distance: float = 2.0,
+    same_camera: Literal["keep", "drop"] = "keep",
+    rerank: bool = False,
     device: str = "auto",
     skip_unreadable: bool = False,
 ) -> Ranking:
-    """Find the pictures most like one picture.
+    """Find the pictures most like each of some pictures.
 
     Parameters
     ----------
     run : Path
         Directory of a finished run.
-    query : Path or ImageSet
-        One picture. Where the gallery holds that file too, it is not a match.
+    queries : Path, sequence of Path, or ImageSet
+        Q pictures: files, folders, manifests. None of them is a match of itself.
     gallery : Path, sequence of Path, ImageSet or Embedding
-        Where to search: files and folders, an .npz file of :meth:`Embedding.save`
-        (the model must be the same), or what these stand for.
+        Where to search: as the queries, or an .npz file of :meth:`Embedding.save`
+        (the model must be the same), or what that stands for.
     top : int
-        Matches at most.
+        Matches of a query at most.
+    max_distance : float
+        Largest cosine distance of a match.
+    same_camera : "keep" or "drop"
+        Whether pictures of the query's own camera can be matches.
+    rerank : bool
+        Rank by :func:`o2cap.reranking.rerank`, which looks at neighbourhoods; the
+        distance of a match stays the cosine distance.
     device, skip_unreadable
         As in :func:`embed`.
 
     Raises
     ------
     InputError
-        As :func:`embed`; for a query that is not one picture, a `top` below 1, and
-        features of another model.
+        As :func:`embed`; for a `top` below 1, features of another model, and cameras
+        that are not known where `same_camera` needs them.
     """
     if top < 1:
         raise InputError(f"--top is {top}; it must be at least 1.")
-    one = query if isinstance(query, ImageSet) else find_pictures(query)
-    if len(one) != 1 or (isinstance(query, Path) and query.is_dir()):
-        raise InputError(f"The query must be one picture, not {query}.")
-    asked = embed(run, one, device=device)
-    there = _embedded(run, gallery, device, skip_unreadable)
-    own = os.path.abspath(one.paths[0])
-    others = [i for i, p in enumerate(there.images.paths) if os.path.abspath(p) != own]
-    if not others:
-        raise InputError("The gallery holds no picture but the query itself.")
-    searched = there.features[others]
-    similarity, index = nearest_neighbours(
-        searched, min(top, len(others)), queries=asked.features
-    )
-    found = there.images.select(torch.tensor(others)[index[0]])
-    return Ranking(one, found, similarity[0])
+    how: dict[str, Any] = {"device": device, "skip_unreadable": skip_unreadable}
+    there, asked = _embedded(run, gallery, **how), embed(run, queries, **how)
+    query, found, own = _labelled(asked.images, there.images)
+    names = [p.camera(i) for p in (query, found) for i in range(len(p))]
+    if same_camera == "drop" and "" in names:
+        path = [*query.paths, *found.paths][names.index("")]
+        raise InputError(
+            f"--same-camera drop needs to know every camera, and not that of {path}; "
+            "put it into a folder called like cam3, or name a manifest (.csv)."
+        )
+    camera = torch.from_numpy(np.unique(names, return_inverse=True)[1])
+    if rerank:
+        blocks = reranking.rerank(asked.features, there.features)
+    else:
+        size = max(1, _BLOCK_ELEMENTS // len(found))
+        blocks = (1 - part @ there.features.T for part in asked.features.split(size))
+    index, distance, start = [], [], 0
+    for block in blocks:
+        rows = slice(start, start + len(block))
+        start += len(block)
+        cosine = 1 - asked.features[rows] @ there.features.T if rerank else block
+        hidden = (cosine > max_distance) | (torch.arange(len(found)) == own[rows, None])
+        if same_camera == "drop":
+            hidden |= camera[rows, None] == camera[len(query) :]
+        block = block.masked_fill(hidden, torch.inf)
+        best = block.topk(min(top, len(found)), largest=False)
+        index.append(best.indices.where(best.values.isfinite(), -1))
+        distance.append(cosine.gather(1, best.indices))
+    return Ranking(query, found, torch.cat(index), torch.cat(distance))
+
+
+def _labelled(query: ImageSet, gallery: ImageSet) -> tuple[ImageSet, ImageSet, Tensor]:
+    """Say of queries what the gallery knows of them, and where they are in it.
+
+    Names of files say identities only if all are in one layout, and nothing else does.
+    """
+    paths = [os.path.abspath(p) for p in (*query.paths, *gallery.paths)]
+    n, known = len(query), any(map(gallery.identity, range(len(gallery))))
+    if not known and (layout := name_layout([Path(path) for path in paths])):
+        query = replace(query, pids=layout[1][:n], identities=None)
+        gallery = replace(gallery, pids=layout[1][n:], identities=None)
+    place = {path: j for j, path in enumerate(paths[n:])}
+    own = [place.get(path, -1) for path in paths[:n]]
+    sources = [(gallery, j) if j >= 0 else (query, i) for i, j in enumerate(own)]
+    cameras = [part.camera(i) for part, i in sources]
+    identities = [part.identity(i) for part, i in sources]
+    query = replace(query, cameras=cameras, identities=identities)
+    return query, gallery, torch.tensor(own)
+
+
+# ----------------------------------------------------------------------------- cluster
 
 
 @dataclass(frozen=True)
@@ -361,16 +359,13 @@ class Clustering:
     clusters: Tensor
 
     def save(self, path: Path) -> None:
-        """Write a CSV file with the columns path, camid, cluster.
-
-        Raises
-        ------
-        InputError
-            When the file cannot be written.
-        """
-        columns = (self.images.paths, self.images.camids, self.clusters)
-        rows = [(p, int(c), int(k)) for p, c, k in zip(*columns, strict=True)]
-        _write(path, _as_csv(["path", "camid", "cluster"], rows))
+        """Write path, camid, camera and cluster of each picture, as .json or .csv."""
+        rows = [
+            {"path": str(path), "camid": int(self.images.camids[i])}
+            | {"camera": self.images.camera(i), "cluster": int(self.clusters[i])}
+            for i, path in enumerate(self.images.paths)
+        ]
+        _write(path, ["path", "camid", "camera", "cluster"], rows, rows)
 
     def save_sheets(self, folder: Path, per_camera: int = 8) -> int:
         """Write a contact sheet per cluster, ``cluster_0000.png`` on; say how many.
@@ -387,14 +382,16 @@ class Clustering:
             sheet = contact_sheet(
                 self.images, labels, per_camera=per_camera, name="cluster"
             )
-            _write(folder / f"cluster_{cluster:04d}.png", sheet._repr_png_() or b"")
+            with replacing(folder / f"cluster_{cluster:04d}.png") as file:
+                sheet.save(file, "png")
         return number
 
 
 def cluster(
     run: Path,
-    pictures: Pictures | Embedding,
+    pictures: Pictures | ImageSet | Embedding,
     *,
+    eps: float | None = None,
     device: str = "auto",
     skip_unreadable: bool = False,
 ) -> Clustering:
@@ -406,17 +403,24 @@ def cluster(
         Directory of a finished run.
     pictures : Path, sequence of Path, ImageSet or Embedding
         As the gallery of :func:`search`.
+    eps : float, optional
+        Another radius of DBSCAN than the run's: smaller ones make smaller clusters.
     device, skip_unreadable
         As in :func:`embed`.
 
     Raises
     ------
     InputError
-        As :func:`embed`, and for features of another model.
+        As :func:`embed`, for features of another model, and for cameras that are not
+        known where the run's settings need them.
     """
     config, _ = load_model(run)  # first, as it refuses a directory that is no run
-    embedding = _embedded(run, pictures, device, skip_unreadable)
-    return Clustering(embedding.images, find_clusters(embedding.features, config))
+    if eps is not None:
+        config = replace(config, clustering=replace(config.clustering, eps=eps))
+    how: dict[str, Any] = {"device": device, "skip_unreadable": skip_unreadable}
+    found = _embedded(run, pictures, **how)
+    camids = found.images.camids
+    return Clustering(found.images, find_clusters(found.features, camids, config))
 
 
 def refuse_occupied(folder: Path) -> None:
@@ -425,15 +429,58 @@ def refuse_occupied(folder: Path) -> None:
         raise InputError(f"{folder} is not empty; name a new folder for the sheets.")
 
 
-def _as_csv(header: Sequence[str], rows: Iterable[Iterable[object]]) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    # A file name that is no valid UTF-8 goes out as the bytes it is.
-    return text.getvalue().encode("utf-8", "surrogateescape")
-
-
-def _write(path: Path, content: bytes) -> None:
+def _write(path: Path, header: list[str], rows: list[Any], records: list[Any]) -> None:
+    """Write rows as CSV, or records as JSON, by the suffix."""
+    text = io.StringIO(json.dumps(records, indent=2) + "\n")
+    if path.suffix.lower() != ".json":
+        text = io.StringIO()
+        writer = csv.DictWriter(text, header, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
     with replacing(path) as temporary:
-        temporary.write_bytes(content)
+        # A file name that is no valid UTF-8 goes out as the bytes it is.
+        temporary.write_bytes(text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+# ------------------------------------------------------------------------------ export
+
+
+def export(run: Path, output: Path) -> None:
+    """Write the model of a run as an ONNX file (opset 18), for use without o2cap.
+
+    Its input ``pictures`` is float32 [B, 3, height, width], RGB in 0..1, of the run's
+    height and width and of any B; its output ``features`` is float32 [B, D], of length
+    1, what :func:`embed` computes.
+
+    Parameters
+    ----------
+    run : Path
+        Directory of a finished run.
+    output : Path
+        The .onnx file to write.
+
+    Raises
+    ------
+    InputError
+        For a directory that is no finished run, and without the packages of the
+        extra ``onnx``.
+    """
+    config, model = load_model(run)
+    if not all(map(find_spec, ("onnx", "onnxscript"))):
+        raise InputError("Export needs more packages: pip install 'o2cap[onnx]'.")
+    colours = nn.BatchNorm2d(3, eps=0, affine=False)  # it can be exported
+    colours.running_mean, colours.running_var = torch.tensor([MEAN, STD])
+    colours.running_var.square_()
+    with replacing(output) as temporary:
+        torch.onnx.export(
+            nn.Sequential(colours, model).eval(),
+            (torch.zeros(2, 3, config.height, config.width),),
+            temporary,
+            input_names=["pictures"],
+            output_names=["features"],
+            opset_version=18,
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            external_data=False,
+            verbose=False,
+        )

@@ -471,10 +471,13 @@ def input_facts(dataset: ReIDDataset, labels: Tensor | None) -> Metrics:
     given = None
     if labels is not None:
         given = hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16]
+    train = dataset.train
+    one_of = {camid: i for i, camid in enumerate(train.camids.tolist())}
     return {
         "dataset": dataset.name,
         "counts": dataset.counts(),
         "fingerprint": dataset.fingerprint(),
+        "cameras": [[camid, train.camera(i)] for camid, i in sorted(one_of.items())],
         "grey_range": dataset.train.grey_range and list(dataset.train.grey_range),
         "pseudo_labels": given,
     }

@@ -75,72 +75,93 @@ def contact_sheet(
     chosen = torch.cat([cell for row in members for cell in row])
     drawn = [*map(Image.fromarray, thumbnails(images.select(chosen), _TALL))]
     white, pictures = Image.new("RGB", drawn[0].size, "white"), iter(drawn)
-    table = [[_text(name), *(_text(_camera(c) or "unknown") for c in cameras)]]
+    first = [int((images.camids == c).nonzero()[0]) for c in cameras]
+    table = [[_text(name), *(_text(_camera(images, i) or "unknown") for i in first)]]
     for i, row in enumerate(members):
-        table.append([_text(notes[i] if notes else str(int(shown[i])))])
+        one = next(int(cell[0]) for cell in row if len(cell))
+        label = images.identity(one) if rows is None else str(int(shown[i]))
+        table.append([_text(notes[i] if notes else label)])
         for cell in row:
             strip = [*islice(pictures, len(cell)), *[white] * (each - len(cell))]
             table[-1].append(_sheet([strip], gap=2))
     return _sheet(table)
 
 
-def ranked_lists(
-    query: ImageSet,
-    gallery: ImageSet,
-    similarity: Tensor,
-    *,
-    top: int = 10,
-    notes: Sequence[str] | None = None,
-    same_camera: bool = False,
-) -> Image.Image:
-    """Draw, for each query, the gallery's pictures most similar to it, best first.
+def best_matches(
+    query: ImageSet, gallery: ImageSet, similarity: Tensor, top: int = 10
+) -> tuple[Tensor, Tensor]:
+    """Rank the gallery for each query as the metrics do.
 
-    The sheet has a row per query: the query, then its matches by rank, each with its
-    cosine distance (1 − similarity) and its camera. Where identities are known, a
-    green frame and a tick mark a right match, a red frame and a cross a wrong one.
+    Pictures of the query's own identity and camera are left out.
 
     Parameters
     ----------
     query, gallery : ImageSet
         Q and G pictures.
     similarity : FloatTensor [Q, G]
-        Cosine similarity, ``query_features @ gallery_features.T``; −inf for what is
-        to be left out.
+        Cosine similarity, ``query_features @ gallery_features.T``.
     top : int
-        Matches to show.
+        Matches of a query at most.
+
+    Returns
+    -------
+    index : LongTensor [Q, K]
+        The best matches, best first; −1 where there are fewer.
+    distance : FloatTensor [Q, K]
+        Their cosine distances.
+    """
+    similarity = similarity.float().cpu()
+    if query.pids is not None and gallery.pids is not None:
+        easy = (query.pids[:, None] == gallery.pids) & (gallery.pids >= 0)
+        easy &= query.camids[:, None] == gallery.camids
+        similarity = similarity.masked_fill(easy, -torch.inf)
+    best = similarity.topk(min(top, len(gallery)))
+    return best.indices.where(best.values.isfinite(), -1), 1 - best.values
+
+
+def ranked_lists(
+    query: ImageSet,
+    gallery: ImageSet,
+    index: Tensor,
+    distance: Tensor,
+    *,
+    notes: Sequence[str] | None = None,
+) -> Image.Image:
+    """Draw the matches of each query in the gallery, best first.
+
+    The sheet has a row per query: the query, then its matches by rank, each with its
+    cosine distance and its camera. Where identities are known, a green frame and a tick
+    mark a right match, a red frame and a cross a wrong one.
+
+    Parameters
+    ----------
+    query, gallery : ImageSet
+        Q and G pictures.
+    index, distance : LongTensor [Q, K] and FloatTensor [Q, K]
+        The matches in the gallery, −1 for none; see :func:`best_matches`.
     notes : sequence of str, optional
         A short text for each query, written below it.
-    same_camera : bool
-        Show also the pictures of the query's own identity and camera, which the
-        metrics leave out.
     """
-    one, other = (
-        torch.full_like(part.camids, -1) if part.pids is None else part.pids
-        for part in (query, gallery)
+    found = index[index >= 0]
+    paths = [*query.paths, *(gallery.paths[j] for j in found.tolist())]
+    both = ImageSet(
+        paths, torch.zeros(len(paths)).long(), grey_range=gallery.grey_range
     )
-    known = (one[:, None] >= 0) & (other >= 0)
-    same = known & (one[:, None] == other)
-    similarity = similarity.float().cpu()
-    if not same_camera:
-        own = same & (query.camids[:, None] == gallery.camids)
-        similarity = similarity.masked_fill(own, -torch.inf)
-    best = similarity.topk(min(top, len(gallery)))
-    found = [
-        index[value > -torch.inf].tolist()
-        for value, index in zip(best.values, best.indices, strict=True)
-    ]
-    paths = [*query.paths, *(gallery.paths[j] for row in found for j in row)]
-    shown = thumbnails(ImageSet(paths, torch.zeros(len(paths)).long()), _TALL)
-    queries, matches = shown[: len(query)], iter(shown[len(query) :])
-    table = [[_text(str(rank or "query")) for rank in range(1 + max(map(len, found)))]]
-    for i, row in enumerate(found):
+    pixels = thumbnails(both, _TALL)
+    queries, matches = pixels[: len(query)], iter(pixels[len(query) :])
+    table = [[_text(str(rank or "query")) for rank in range(1 + index.shape[1])]]
+    for i, row in enumerate(index.tolist()):
+        mine = query.identity(i)
         note = notes[i] if notes else ""
-        table.append([_framed(queries[i], "black", note, _camera(query.camids[i]))])
-        for j in row:
-            colour = GREY if not known[i, j] else GREEN if same[i, j] else VERMILLION
-            distance = f"{max(1 - float(similarity[i, j]), 0):.2f}"
-            camera = _camera(gallery.camids[j])
-            table[-1].append(_framed(next(matches), colour, distance, camera))
+        table.append([_framed(queries[i], "black", note, _camera(query, i))])
+        for k, j in enumerate(row):
+            if j < 0:
+                continue
+            theirs, value = gallery.identity(j), f"{max(float(distance[i, k]), 0):.2f}"
+            colour = (
+                (GREEN if mine == theirs else VERMILLION) if mine and theirs else GREY
+            )
+            table[-1].append(_framed(next(matches), colour, value, _camera(gallery, j)))
     return _sheet(table)
 
 
@@ -152,8 +173,9 @@ def thumbnails(images: ImageSet, height: int) -> np.ndarray:
     return decode(images, height, width)[0].numpy()
 
 
-def _camera(camid: Tensor) -> str:
-    return f"cam {int(camid)}" if camid >= 0 else ""
+def _camera(images: ImageSet, i: int) -> str:
+    name = images.camera(i)
+    return f"cam {name}" if name.isdecimal() else name
 
 
 def _text(text: str) -> Image.Image:

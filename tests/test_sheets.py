@@ -10,7 +10,14 @@ import torch
 from PIL import Image, ImageColor
 
 from o2cap.data.images import ImageSet
-from o2cap.sheets import GREEN, GREY, VERMILLION, contact_sheet, ranked_lists
+from o2cap.sheets import (
+    GREEN,
+    GREY,
+    VERMILLION,
+    best_matches,
+    contact_sheet,
+    ranked_lists,
+)
 
 Colour = tuple[int, int, int]
 FRAMES = {ImageColor.getrgb(c): c for c in (GREEN, GREY, VERMILLION)}
@@ -99,21 +106,20 @@ def test_ranked_lists_order_mark_and_leave_out_the_own_camera(
     assert gallery.pids is not None
     gallery.pids[3] = -1  # neither right nor wrong
     similarity = torch.tensor([[0.99, 0.9, 0.8, 0.7, 0.6]])
-    sheet = ranked_lists(query, gallery, similarity, top=4, notes=["AP 58 %"])
+    index, distance = best_matches(query, gallery, similarity, top=5)
+    assert index.tolist() == [[1, 2, 3, 4, -1]]
+    assert torch.allclose(distance[0, :4], torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    sheet = ranked_lists(query, gallery, index, distance, notes=["AP 58 %"])
     every = [colour(p, c) for p, c in ((0, 0), (1, 0), (0, 1), (2, 2), (0, 2))]
     assert seen(sheet, every) == [every]
     assert frames(sheet) == [VERMILLION, GREEN, GREY, GREEN]
-    everything = ranked_lists(query, gallery, similarity, top=4, same_camera=True)
-    assert frames(everything) == [GREEN, VERMILLION, GREEN, GREY]
 
 
 def test_ranked_lists_without_identities_have_no_marks(pictures: ImageSet) -> None:
     bare = pictures.without_identities()
-    gallery = ImageSet(bare.paths, torch.full_like(bare.camids, -1))
-    sheet = ranked_lists(
-        bare.select(torch.tensor([0])), gallery, torch.rand(1, len(bare)), top=3
-    )
-    assert frames(sheet) == [GREY] * 3
+    query = bare.select(torch.tensor([0]))
+    matches = best_matches(query, bare, torch.rand(1, len(bare)), top=3)
+    assert frames(ranked_lists(query, bare, *matches)) == [GREY] * 3
 
 
 def test_text_tells_rows_and_distances_apart(pictures: ImageSet) -> None:

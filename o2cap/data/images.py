@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -25,7 +26,10 @@ PICTURE_SUFFIXES = (
     *(".webp", ".tif", ".tiff", ".gif"),
 )
 # Pictures, too, but not read: they are counted, so that nobody misses them unawares.
-OTHER_SUFFIXES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".ppm", ".pgm")
+OTHER_SUFFIXES = (
+    *(".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".ppm", ".pgm"),
+    *(".mp4", ".avi", ".mov", ".mkv"),
+)
 
 # What a file may hold, whatever its suffix. Pillow knows forty more formats: parsers
 # of long-forgotten ones, and PostScript, for which it starts another program.
@@ -133,6 +137,8 @@ class ImageSet:
         The identity of each picture, −1 where unknown; None when no identity is
         known. For evaluation and diagnosis only: training is handed sets that
         went through :meth:`without_identities`.
+    cameras, identities : sequence of str, optional
+        Their names, where they have others than their numbers; "" where not.
     grey_range : (float, float), optional
         The grey values that are black and white in pictures of more than 8 bits, see
         :func:`o2cap.data.loading.find_grey_range`.
@@ -146,6 +152,8 @@ class ImageSet:
     paths: Sequence[Path]
     camids: Tensor
     pids: Tensor | None = None
+    cameras: Sequence[str] | None = None
+    identities: Sequence[str] | None = None
     grey_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
@@ -161,18 +169,32 @@ class ImageSet:
 
     def without_identities(self) -> ImageSet:
         """Return the same pictures with no identity column: what training sees."""
-        return replace(self, pids=None)
+        return replace(self, pids=None, identities=None)
+
+    def camera(self, i: int) -> str:
+        """Return the name of a picture's camera, or its number; "" if unknown."""
+        return self._name(i, self.cameras, self.camids)
+
+    def identity(self, i: int) -> str:
+        """Return the name of a picture's identity, or its number; "" if unknown."""
+        return self._name(i, self.identities, self.pids)
+
+    def _name(self, i: int, names: Sequence[str] | None, numbers: Tensor | None) -> str:
+        if names is not None and names[i]:
+            return names[i]
+        return "" if numbers is None or numbers[i] < 0 else str(int(numbers[i]))
 
     def select(self, index: Tensor) -> ImageSet:
         """Return the pictures at `index` (LongTensor [M] or boolean mask [N])."""
         if index.dtype == torch.bool:
             index = index.nonzero().flatten()
-        return replace(
-            self,
-            paths=[self.paths[i] for i in index.tolist()],
-            camids=self.camids[index],
-            pids=None if self.pids is None else self.pids[index],
-        )
+        lists: dict[str, Any] = {
+            name: [column[i] for i in index.tolist()]
+            for name in ("paths", "cameras", "identities")
+            if (column := getattr(self, name)) is not None
+        }
+        pids = None if self.pids is None else self.pids[index]
+        return replace(self, camids=self.camids[index], pids=pids, **lists)
 
 
 @dataclass(frozen=True)

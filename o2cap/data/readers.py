@@ -265,7 +265,8 @@ def _named(name: str, root: Path, skip_unreadable: bool) -> Reading:
             elif match[1] == "-1":
                 junk += 1
             else:
-                pictures.append((path, int(match[2]) - 1, int(match[1])))
+                number = int(match[2])
+                pictures.append((path, number - 1, int(match[1]), f"c{number}", ""))
         remedy = (
             "move them out of the folder"
             if pictures or junk
@@ -278,7 +279,7 @@ def _named(name: str, root: Path, skip_unreadable: bool) -> Reading:
         problems += _sentence(defect, strange, remedy)
         parts.append(_images(pictures))
     if name == "market1501":  # of the gallery, which came last
-        pids = [pid for _, _, pid in pictures]
+        pids = [picture[2] for picture in pictures]
         counts = {"identities": len({*pids} - {0}), "distractors": pids.count(0)}
         found["gallery"] = counts | {"junk": junk}
     return Reading(ReIDDataset(name, *parts), PUBLISHED[name], found, problems)
@@ -315,15 +316,15 @@ def _msmt17(root: Path, skip_unreadable: bool, val: bool = True) -> Reading:
                     "identity, as in 0000/0000_000_01_0303morning_0008_0.jpg 0."
                 )
             path = folder / match[1]
-            pictures.append((path, int(match[2]) - 1, int(match[3])))
+            pictures.append((path, int(match[2]) - 1, int(match[3]), "", ""))
             if not path.is_file():
                 missing.append(match[1])
         defect = f"Pictures named in {place} do not exist"
         problems += _sentence(defect, missing, "unpack the archive again")
         parts[part] = pictures
-    first = max((pid for *_, pid in parts["train"] + parts["val"]), default=-1) + 1
+    first = max((row[2] for row in parts["train"] + parts["val"]), default=-1) + 1
     query, gallery = (
-        [(path, camid, pid + first) for path, camid, pid in parts[part]]
+        [(*row[:2], row[2] + first, *row[3:]) for row in parts[part]]
         for part in ("query", "gallery")
     )
     train = parts["train"] + (parts["val"] if val else [])
@@ -371,10 +372,11 @@ _real = cache(os.path.realpath)
 def _manifest(path: Path, skip_unreadable: bool) -> Reading:
     """A CSV file with the header split,path,pid,camid, in any order.
 
-    Further columns are ignored. UTF-8, with or without byte order mark; fields may be
-    quoted. Relative paths start from the file's folder and may not leave it (nor by a
-    link); absolute ones are taken as they are. pid may be empty in train. A picture may
-    stand once in train, or once in query and once in gallery (VeRi-776's protocol).
+    Columns called camera and identity hold the names of camid and pid; others are
+    ignored. UTF-8, with or without byte order mark; fields may be quoted. Relative
+    paths start from the file's folder and may not leave it (nor by a link); absolute
+    ones are taken as they are. pid may be empty in train. A picture may stand once in
+    train, or once in query and once in gallery (VeRi-776's protocol).
     """
     parts: dict[str, list[Picture]] = {split: [] for split in SPLITS}
     seen: dict[str, tuple[int, set[str], tuple[int, int]]] = {}
@@ -405,7 +407,8 @@ def _manifest(path: Path, skip_unreadable: bool) -> Reading:
                         "to one split, or to query and gallery with one pid and camid"
                     )
                 splits.add(split)
-                parts[split].append((file, camid, pid))
+                names = (row.get("camera", ""), row.get("identity", ""))
+                parts[split].append((file, camid, pid, *names))
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path} is not UTF-8 text; save it as 'CSV UTF-8'."
@@ -436,7 +439,8 @@ def _entry(row: dict[str, str]) -> tuple[str, str, int, int]:
     if split not in SPLITS:
         raise ValueError(f"the split {split!r} is none of {', '.join(SPLITS)}")
     unknown = split == "train" and pid in ("", "-1")
-    for name, number in (("pid", "0" if unknown else pid), ("camid", camid)):
+    pid = "0" if unknown else pid.removesuffix(".0")  # as tables with gaps write 7
+    for name, number in (("pid", pid), ("camid", camid := camid.removesuffix(".0"))):
         if not _is_number(number):
             raise ValueError(
                 f"the {name} {number[:40]!r} is no whole number from 0 on (only the "
@@ -482,15 +486,16 @@ def _folders(root: Path, skip_unreadable: bool) -> Reading:
         raise InputError(*_sentence(defect, loose, remedy) or empty)
     pictures, found = [], {}
     for camid, name in enumerate(sorted(cameras, key=_natural)):
-        pictures += [(path, camid, -1) for path in cameras[name]]
+        pictures += [(path, camid, -1, name, "") for path in cameras[name]]
         found[f"images of camera {camid}, {name}"] = len(cameras[name])
-    note = (
-        f"Each folder in {root} is taken for a camera: {len(cameras)}, of "
-        f"{min(found.values()):,} to {max(found.values()):,} pictures; if they are "
-        "persons or tracks, write a manifest with o2cap data manifest."
+    sizes = f"{min(found.values()):,} to {max(found.values()):,} pictures"
+    notes = _sentence(
+        f"Each folder in {root} is taken for a camera, of {sizes}",
+        sorted(cameras, key=_natural),
+        "if they are persons or splits, see o2cap data manifest",
     )
     dataset = ReIDDataset("folders", *map(_images, (pictures, [], [])))
-    return Reading(dataset, found={"train": found}, notes=[note])
+    return Reading(dataset, found={"train": found}, notes=notes)
 
 
 def _natural(text: str) -> list[str | int]:
@@ -572,16 +577,16 @@ def manifest_from_pattern(
 
 # ------------------------------------------------------------------------- helpers
 
-Picture = tuple[Path, int, int]  # path, camera, identity
+Picture = tuple[Path, int, int, str, str]  # path, camera, identity; names of both
 
 
 def _images(pictures: Sequence[Picture]) -> ImageSet:
     """Return the pictures as a set, without identities when every one is unknown."""
-    camids, pids = (
-        torch.tensor([p[i] for p in pictures], dtype=torch.int64) for i in (1, 2)
-    )
+    paths, *columns = zip(*pictures, strict=True) if pictures else ((),) * 5
+    camids, pids = (torch.tensor(column, dtype=torch.int64) for column in columns[:2])
+    names = [column if any(column) else None for column in columns[2:]]
     known = not len(pids) or bool((pids >= 0).any())
-    return ImageSet([p[0] for p in pictures], camids, pids if known else None)
+    return ImageSet(list(paths), camids, pids if known else None, *names)
 
 
 def _sentence(defect: str, names: Sequence[str], remedy: str) -> list[str]:

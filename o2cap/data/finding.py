@@ -1,0 +1,89 @@
+"""Pictures to use a model on: files, folders, and what is known of their cameras."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from o2cap.data import load_dataset
+from o2cap.data.images import ImageSet, list_pictures
+from o2cap.data.readers import name_layout
+from o2cap.errors import InputError
+from o2cap.files import usable
+
+_CAMERA_FOLDER = re.compile(r"(?:camera|cam|c)[-_ ]?\d{1,9}", re.I | re.ASCII)
+
+
+def find_pictures(
+    where: Path | Sequence[Path],
+    cameras: Iterable[tuple[int, str]] = (),
+    *,
+    skip_unreadable: bool = False,
+) -> ImageSet:
+    """Return the pictures that files and folders (with all below them) hold.
+
+    A manifest (.csv, as for training), named alone, says cameras and identities.
+    Otherwise identities are not known. The camera is that of the names, if all are as
+    in one benchmark (``0002_c1s1_000451_03.jpg``); else the nearest folder called like
+    one of `cameras`, or like ``cam3``, ``camera_3`` or ``c3``, not above the folder
+    given, or above the file's own. Paths are absolute, and a picture named twice is
+    taken once.
+
+    Parameters
+    ----------
+    where : Path or sequence of Path
+        Files and folders, or one manifest.
+    cameras : iterable of (int, str)
+        Numbers and names of cameras that are known. Another one gets the number that
+        its name ends in, or the next.
+    skip_unreadable : bool
+        Leave out what cannot be read, with a warning.
+
+    Raises
+    ------
+    InputError
+        When something does not exist, or there are no pictures.
+    """
+    numbers = {name: number for number, name in cameras}
+    found: dict[Path, str] = {}
+    for given in [where] if isinstance(where, Path) else where:
+        place = Path(os.path.abspath(given.expanduser()))
+        with usable(place):
+            is_folder, is_file = place.is_dir(), place.is_file()
+        if not (is_folder or is_file):
+            raise InputError(f"{given} does not exist; name a picture or a folder.")
+        if given == where and is_file and place.suffix.lower() == ".csv":
+            return _listed(place, skip_unreadable)
+        paths = list_pictures(place, skip_unreadable) if is_folder else [place]
+        if not paths:
+            raise InputError(f"The folder {given} holds no picture.")
+        top = place.parent if is_folder else place.parent.parent
+        for path in paths:
+            folders = reversed(path.parent.relative_to(top).parts)
+            like = (f for f in folders if f in numbers or _CAMERA_FOLDER.fullmatch(f))
+            found.setdefault(path, next(like, ""))
+    names = list(found.values())
+    if layout := name_layout(list(found)):
+        names = [f"c{camid}" for camid in layout[0].tolist()]
+    for name in sorted({*names} - {"", *numbers}):
+        ending = re.search(r"\d+$", name)
+        free = max(numbers.values(), default=-1) + 1
+        wanted = int(ending[0]) if ending else free
+        numbers[name] = free if wanted in numbers.values() else wanted
+    camids = torch.tensor([numbers.get(n, -1) for n in names], dtype=torch.int64)
+    return ImageSet(list(found), camids, cameras=names)
+
+
+def _listed(manifest: Path, skip_unreadable: bool) -> ImageSet:
+    parts = load_dataset("manifest", manifest, skip_missing=skip_unreadable).splits()
+    known = {p: (part, i) for part in parts.values() for i, p in enumerate(part.paths)}
+    return ImageSet(
+        list(known),
+        torch.tensor([int(part.camids[i]) for part, i in known.values()]),
+        cameras=[part.camera(i) for part, i in known.values()],
+        identities=[part.identity(i) for part, i in known.values()],
+    )
