@@ -328,6 +328,36 @@ def verify(
         )
 
 
+def manifest(folder: Run, pattern: str, output: Out) -> None:
+    """Write a manifest from what the paths of pictures say. Prints the file.
+
+    Args:
+        folder: Where the pictures lie.
+        pattern: Their paths below it, such as '{camid}/{pid}_{frame}.jpg'; pid and
+            split (train, query or gallery) may be missing, other names are columns.
+        output: The CSV file to write.
+    """
+    from o2cap.data.readers import manifest_from_pattern
+    from o2cap.files import replacing
+
+    _check(output, ".csv")
+    rows, others = manifest_from_pattern(folder, pattern)
+    base = Path(os.path.abspath(output.parent))
+    for row in rows:  # a relative path may not leave the folder of the file
+        if row["path"].resolve().is_relative_to(base.resolve()):
+            row["path"] = os.path.relpath(row["path"], base).replace(os.sep, "/")
+    if others:
+        said = "%d of %d pictures do not fit the pattern and are left out, such as %s"
+        number = len(others) + len(rows)
+        logging.getLogger("o2cap").warning(said, len(others), number, others[0])
+    how: Any = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+    with replacing(output) as path, path.open("w", **how) as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+    print(output)
+
+
 def export(
     folder: Run,
     synthetic: SyntheticConfig = SyntheticConfig(),  # noqa: B008 (frozen)
@@ -346,7 +376,6 @@ def export(
     """
     from o2cap.data.synthetic import export_market1501, render_dataset
 
-    width = width or (height // 2 if synthetic.kind == "person" else height)
     rendered = render_dataset(synthetic, height, width, workers=workers)
     export_market1501(rendered, folder)
     print(folder)
@@ -356,11 +385,12 @@ def data(
     action: Annotated[
         Annotated[None, tyro.conf.subcommand("verify", constructor=verify)]
         | Annotated[None, tyro.conf.subcommand("sheet", constructor=sheet)]
+        | Annotated[None, tyro.conf.subcommand("manifest", constructor=manifest)]
         | Annotated[None, tyro.conf.subcommand("export", constructor=export)],
         tyro.conf.arg(name=""),
     ],
 ) -> None:
-    """Verify a data set, draw a contact sheet of it, or export the embedded one."""
+    """Verify or draw a data set, write a manifest, or export the embedded set."""
 
 
 _Flag = tyro.conf.UseCounterAction[int]  # given or not

@@ -6,6 +6,7 @@ import codecs
 import csv
 import io
 import logging
+import os
 import re
 import tempfile
 import unicodedata
@@ -19,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from o2cap import cli
 from o2cap.data import images as walks
 from o2cap.data import load_dataset
 from o2cap.data.images import ImageSet
@@ -481,7 +483,7 @@ def test_manifest_spellings_that_are_welcome(manifest: Callable[..., Path]) -> N
         'camid, note ,"path",split,pid\r\n'
         '0,"two, words","cam 1/ä,b.jpg", train ,\r\n'
         "\r\n"
-        '1,,"cam1/../cam1/a.jpg",query,9\r\n'
+        '1.0,,"cam1/../cam1/a.jpg",query,9.0\r\n'
     )
     path = manifest(codecs.BOM_UTF8 + text.encode(), "cam 1/ä,b.jpg", "cam1/a.jpg")
     dataset = load_dataset("manifest", path)
@@ -525,7 +527,7 @@ A = "train,cam1/a.jpg,1,0\n"
                 HEAD + f"train,cam1/a.jpg,1,{camid}\n",
                 rf"line 2: the camid '{camid}' is no",
             )
-            for camid in ("left", "", "-1", "1.0", "1_0", "٣", 10**18)
+            for camid in ("left", "", "-1", "1.5", "1_0", "٣", 10**18)
         ),
         (HEAD + "train,cam1/a.jpg,anna,1\n", r"line 2: the pid 'anna' is no whole"),
         (
@@ -742,7 +744,7 @@ def test_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert dataset.train.camids.tolist() == [0, 0, 1]
     assert dataset.train.pids is None
     assert len(dataset.query) == len(dataset.gallery) == 0
-    note = "is taken for a camera: 2, of 1 to 2 pictures; if they are persons"
+    note = "is taken for a camera, of 1 to 2 pictures: 2 (cam2, cam10); if they are"
     assert note in caplog.text
     verified = verify_dataset("folders", tmp_path)
     assert Count("train", "images of camera 1, cam10", None, 1) in verified.rows
@@ -803,27 +805,28 @@ def test_a_folder_that_cannot_be_read(
 # ---------------------------------------------------------- a manifest from a pattern
 
 
-def written(folder: Path, found: list[dict[str, Any]]) -> Path:
-    """Write a manifest as the command does."""
-    names = list(dict.fromkeys(name for row in found for name in row))
-    with (folder / "pictures.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(found)
-    return folder / "pictures.csv"
+def by_command(folder: Path, pattern: str) -> Path:
+    output = folder / "pictures.csv"
+    words = ["data", "manifest", str(folder), "--pattern", pattern, "-o", str(output)]
+    assert cli.main(words) == 0
+    return output
 
 
-def test_manifest_from_a_pattern(tmp_path: Path) -> None:
+def test_manifest_from_a_pattern(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     plant(tmp_path, ["3/0007_a_1.jpg", "3/0009_b.JPG", "10/0007_c.jpg", "10/x.jpg"])
     plant(tmp_path, ["3/deep/0007_c.jpg", "@eaDir/3/0007_a.jpg", "3/0007_c.png"])
-    found, others = manifest_from_pattern(tmp_path, "{camid}/{pid}_{frame}.jpg")
+    pattern = "{camid}/{pid}_{frame}.jpg"
+    found, others = manifest_from_pattern(tmp_path, pattern)
     assert [path.relative_to(tmp_path).as_posix() for path in others] == [
         "10/x.jpg",
         "3/0007_c.png",
         "3/deep/0007_c.jpg",
     ]
     assert [row["frame"] for row in found] == ["c", "a_1", "b"]
-    dataset = load_dataset("manifest", written(tmp_path, found))
+    dataset = load_dataset("manifest", by_command(tmp_path, pattern))
+    assert "3 of 6 pictures do not fit" in caplog.text and str(others[0]) in caplog.text
     assert table(dataset.train) == {
         ("0007_c.jpg", 7, 10),
         ("0007_a_1.jpg", 7, 3),
@@ -832,16 +835,45 @@ def test_manifest_from_a_pattern(tmp_path: Path) -> None:
 
 
 def test_names_in_a_pattern_are_numbered_and_kept(tmp_path: Path) -> None:
-    plant(tmp_path, ["train/yard/anna-1.jpg", "query/door10/anna-1.jpg"])
-    plant(tmp_path, ["gallery/door9/ben-1.jpg", "gallery/yard/ben-2.jpg"])
-    found, others = manifest_from_pattern(tmp_path, "{split}/{camid}/{pid}-{n}.{kind}")
+    """The table says where pictures lie, whatever their names and links are."""
+    odd = os.fsdecode(b"ben-\xff.jpg")
+    plant(tmp_path / "own", ["train/yard/anna-1.jpg", "query/door10/anna-1.jpg"])
+    plant(tmp_path / "own", [f"gallery/door9/{odd}"])
+    plant(tmp_path / "else", ["ben-2.jpg"])
+    (tmp_path / "own/gallery/yard").symlink_to(tmp_path / "else")
+    pattern = "{split}/{camid}/{pid}-{n}.{kind}"
+    found, others = manifest_from_pattern(tmp_path / "own", pattern)
     assert others == []
     cameras = {(row["camera"], row["camid"]) for row in found}
     assert cameras == {("door9", 0), ("door10", 1), ("yard", 2)}
     assert {(row["identity"], row["pid"]) for row in found} == {("anna", 0), ("ben", 1)}
-    dataset = load_dataset("manifest", written(tmp_path, found))
+    csv_file = by_command(tmp_path / "own", pattern)
+    csv_file.write_bytes(csv_file.read_bytes().replace(b"\xff", b"3"))
+    (tmp_path / f"own/gallery/door9/{odd}").rename(
+        tmp_path / "own/gallery/door9/ben-3.jpg"
+    )
+    dataset = load_dataset("manifest", csv_file)
     assert [len(part) for part in dataset.splits().values()] == [1, 1, 2]
     assert table(dataset.query) == {("anna-1.jpg", 0, 1)}
+    assert table(dataset.gallery) == {("ben-3.jpg", 1, 0), ("ben-2.jpg", 1, 2)}
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern", "camids"),
+    [
+        # MARS; cameras and persons over and over; CVAT's export; frames of a video
+        (["bbox_train/0001/0001C1T0001F001.jpg"], "{a}/{pid}/{pid}C{camid}T{t}F{f}.jpg", [1]),
+        (["person01_cam01_f2.jpg", "person2_cam10_f3.jpg"], "person{pid}_cam{camid}_f{n}.jpg", [1, 10]),
+        (["1_c1s1_000015_00.jpg"], "{pid}_c{camid}s{s}_{frame}_{box}.jpg", [1]),
+        (["front-door_2024-01-31_000.png"], "{camid}_{day}_{frame}.png", [0]),
+    ],
+)  # fmt: skip
+def test_layouts_of_others_in_one_line(
+    tmp_path: Path, names: list[str], pattern: str, camids: list[int]
+) -> None:
+    plant(tmp_path, names)
+    train = load_dataset("manifest", by_command(tmp_path, pattern)).train
+    assert sorted(train.camids.tolist()) == camids
 
 
 def test_numbers_that_would_fall_together_are_names(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 @pytest.mark.parametrize("family", hostile.FAMILIES)
 def test_hostile_input(family: str) -> None:
-    cases = 3 if family == "runs" else 12
+    cases = 2 if family == "runs" else 8
     with hostile.quiet():
         tally = hostile.run_family(family, cases, chance=0)
     assert tally["cases"] >= cases // 2
