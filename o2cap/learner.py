@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 from torch.amp import GradScaler
+from tqdm import tqdm
 
 from o2cap import distributed
 from o2cap.backbone import ReIDModel
 from o2cap.config import Config
 from o2cap.data.images import ImageSet
-from o2cap.data.transforms import augment
+from o2cap.data.transforms import change, draw_changes
 from o2cap.device import Hardware
 from o2cap.errors import TrainingError
 from o2cap.features import autocast, upload
@@ -74,7 +76,6 @@ class Learner:
         the same batches and changes, and each its own dropout.
         """
         self.stage, self.epoch = stage, epoch
-        self.seen: list[Tensor] = []
         self.losses: list[dict[str, Tensor]] = []
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -83,38 +84,53 @@ class Learner:
         torch.manual_seed(seed + distributed.rank())
         return Generator().manual_seed(seed)
 
-    def embed(self, index: Tensor, generator: Generator, jitter: float = 0.0) -> Tensor:
-        """Return the features of pictures changed at random, with gradient.
+    def pictures(
+        self, batches: Tensor, generator: Generator, jitter: float = 0.0
+    ) -> Iterator[Tensor]:
+        """Yield each batch's pictures, changed at random: this process's share of them.
+
+        What an epoch needs of numbers is drawn and taken to the device at once; no step
+        sends any.
 
         Parameters
         ----------
-        index : LongTensor [B]
-            Numbers of the pictures, on the CPU.
+        batches : LongTensor [n, B]
+            Numbers of the pictures of each batch, on the CPU.
         generator : Generator
             Decides the changes.
         jitter : float
             Strength of the colour jitter.
+        """
+        self.batches, device = batches, self.hardware.device
+        how, (n, size) = self.config.augment, batches.shape
+        shape = (n, size, *self.pixels.shape[1:3])
+        own = (slice(None), distributed.share(size))
+        changes = draw_changes(
+            shape, generator, flip=how.flip, pad=how.pad, erase=how.erase
+        )
+        changes = changes.select(own).to(device)
+        index = batches[own].to(self.pixels.device)
+        hidden = distributed.rank() > 0 or None  # None: on a terminal only
+        what = f"{self.stage} {self.epoch}"
+        for i in tqdm(range(n), what, leave=False, disable=hidden):
+            pixels = upload(self.pixels[index[i]], device)
+            yield change(pixels, changes.select(i), pad=how.pad, jitter=jitter)
+
+    def embed(self, pictures: Tensor) -> Tensor:
+        """Return the features of a whole batch, with gradient.
+
+        Parameters
+        ----------
+        pictures : FloatTensor [share of B, 3, H, W]
+            This process's share.
 
         Returns
         -------
         FloatTensor [B, D]
-            Of the whole batch; each process embeds its share.
         """
-        self.seen.append(index)
-        changes, device = self.config.augment, self.hardware.device
-        there = index.to(self.pixels.device, non_blocking=True)
-        pictures = augment(
-            upload(self.pixels[there], device),
-            generator,
-            flip=changes.flip,
-            pad=changes.pad,
-            erase=changes.erase,
-            jitter=jitter,
-            rows=distributed.share(len(index)),
-        )
-        with autocast(device, self.hardware.precision):
+        with autocast(self.hardware.device, self.hardware.precision):
             features = self.network(pictures)
-        return distributed.gather(features, len(index))
+        return distributed.gather(features, self.batches.shape[1])
 
     def step(self, found: dict[str, Tensor]) -> None:
         """Change the weights to lower the sum of these losses."""
@@ -143,7 +159,7 @@ class Learner:
         numbers = [x for x in self.model.state_dict().values() if x.is_floating_point()]
         if broken.any() or not torch.stack([x.isfinite().all() for x in numbers]).all():
             at = int(broken.nonzero()[0]) if broken.any() else len(found) - 1
-            some = ", ".join(str(self.images.paths[i]) for i in self.seen[at][:4])
+            some = ", ".join(str(self.images.paths[i]) for i in self.batches[at, :4])
             lr = self.optimizer.param_groups[0]["lr"]
             group = "optim" if self.stage == "train" else "warm-start"
             raise TrainingError(

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from o2cap import distributed, losses
 from o2cap.backbone import build_model
@@ -186,11 +185,11 @@ def train_epoch(
     # Of several processes each needs two pictures at least, for its batch norms.
     batches = batches.repeat(1, -(-2 * distributed.size() // batches.shape[1]))
     there = proxies.to(learner.hardware.device)
-    for index in progress(batches, f"epoch {epoch}"):
-        anchors = learner.embed(index, generator)
-        proxy = proxies.label[index]
-        learner.step(method_losses(config, anchors, proxy, memory, there))
-        memory.update(anchors.detach(), proxy)
+    proxy = there.label[batches.to(learner.hardware.device)]
+    for own, pictures in zip(proxy, learner.pictures(batches, generator), strict=True):
+        anchors = learner.embed(pictures)
+        learner.step(method_losses(config, anchors, own, memory, there))
+        memory.update(anchors.detach(), own)
     visited = int(proxies.label[batches].unique().numel())
     return learner.end() | {"proxies": len(proxies), "proxies_visited": visited}
 
@@ -214,8 +213,9 @@ def warm_start(learner: Learner, run: RunDirectory) -> None:
         batches = instance_batches(
             len(learner.images), settings.iterations, generator, images=settings.images
         )
-        for index in progress(batches, f"warm start {epoch}"):
-            views = learner.embed(index.repeat(2), generator, jitter=settings.jitter)
+        twice = batches.repeat(1, 2)
+        for pictures in learner.pictures(twice, generator, settings.jitter):
+            views = learner.embed(pictures)
             loss = losses.instance_loss(views, temperature=settings.temperature)
             learner.step({"instance": loss})
         record = {"epoch": epoch, "loss": learner.end()["loss"], "lr": settings.lr}
@@ -281,10 +281,9 @@ def method_losses(
     proxy : LongTensor [B]
         Proxy of each.
     memory, proxies
-        On the device of the features.
+        All on the device of the features.
     """
     settings = config.loss
-    proxy = proxy.to(features.device, non_blocking=True)
     given = (features, proxy, memory.centroids, proxies)
     common: dict[str, Any] = {
         "temperature": settings.temperature,
@@ -452,12 +451,6 @@ def in_words(record: Metrics) -> str:
         for name in (*shown, "mAP", "rank1")
         if name in record
     )
-
-
-def progress(batches: Tensor, what: str) -> Iterator[Tensor]:
-    """Draw a progress bar, once, and on a terminal only."""
-    hidden = None if distributed.rank() == 0 else True
-    return iter(tqdm(batches, what, leave=False, disable=hidden))
 
 
 @contextlib.contextmanager

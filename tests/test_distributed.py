@@ -293,7 +293,8 @@ def test_fewer_pictures_than_processes_want_are_drawn_again(
     """Each gets two at least, for its batch norms."""
     drawn: list[int] = []
 
-    def embed(self: Any, index: torch.Tensor, generator: Any) -> torch.Tensor:
+    def embed(self: Any, pictures: torch.Tensor) -> torch.Tensor:
+        index = self.batches[len(drawn)]
         drawn.append(len(index))
         return self.features[index]
 
@@ -301,7 +302,8 @@ def test_fewer_pictures_than_processes_want_are_drawn_again(
     proxies = split_by_camera(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 0]))
     model = build_model("tiny_resnet", "none", height=32, width=16)
     hardware = trainer.Hardware.choose(config)
-    learner = trainer.Learner(config, hardware, model, torch.zeros(4), data.train)
+    pixels = torch.zeros(4, 32, 16, 3, dtype=torch.uint8)
+    learner = trainer.Learner(config, hardware, model, pixels, data.train)
     learner.features = torch.eye(4, requires_grad=True)
     memory = trainer.ProxyMemory.from_features(learner.features.detach(), proxies)
     monkeypatch.setattr(trainer.Learner, "embed", embed)

@@ -9,7 +9,14 @@ from torch import Generator, Tensor
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 from o2cap.data import transforms
-from o2cap.data.transforms import MEAN, STD, augment, normalise
+from o2cap.data.transforms import (
+    MEAN,
+    STD,
+    augment,
+    change,
+    draw_changes,
+    normalise,
+)
 
 
 def seeded(seed: int = 0) -> Generator:
@@ -216,9 +223,16 @@ def test_a_gpus_way_gives_the_same_pictures(
         assert found[1].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_share_of_a_batch_changes_as_in_the_whole() -> None:
-    pixels = torch.randint(256, (12, 20, 10, 3), dtype=torch.uint8)
-    one, two = (torch.Generator().manual_seed(1) for _ in "ab")
-    whole = augment(pixels, one, pad=0.2)
-    assert torch.equal(augment(pixels, two, pad=0.2, rows=slice(3, 7)), whole[3:7])
+def test_an_epoch_drawn_at_once_is_its_batches_one_by_one() -> None:
+    """And a share of a batch changes as in the whole."""
+    pixels = torch.randint(256, (3, 12, 20, 10, 3), dtype=torch.uint8)
+    one, two = seeded(1), seeded(1)
+    changes = draw_changes(tuple(pixels.shape[:4]), one, pad=0.2)
+    for i, batch in enumerate(pixels):
+        whole = augment(batch, two, pad=0.2, jitter=0.3)
+        found = change(batch, changes.select(i), pad=0.2, jitter=0.3)
+        assert torch.equal(found, whole)
+        own = changes.select((i, slice(3, 7)))
+        share = change(batch[3:7], own, pad=0.2, jitter=0.3)
+        assert torch.equal(share, whole[3:7])
     assert torch.equal(torch.rand(3, generator=one), torch.rand(3, generator=two))

@@ -158,10 +158,8 @@ class ImageSet:
 
     def __post_init__(self) -> None:
         for column in (self.camids, self.pids):
-            if column is not None and (column.dtype, len(column)) != (
-                torch.int64,
-                len(self.paths),
-            ):
+            right = torch.int64, (len(self.paths),)
+            if column is not None and (column.dtype, column.shape) != right:
                 raise ValueError("camids and pids must be int64, one for each path")
 
     def __len__(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -31,17 +32,67 @@ def normalise(pixels: Tensor) -> Tensor:
     return rows.mul_(scale).add_(shift).view(pixels.shape).permute(0, 3, 1, 2)
 
 
-def augment(
-    pixels: Tensor,
+class Changes(NamedTuple):
+    """The random changes to the pictures of some batches: columns of [n, B].
+
+    They are drawn for a whole epoch and taken to the device at once, so that no step
+    of the training has to wait for them.
+    """
+
+    start: Tensor
+    """LongTensor [n, B, 2]: top left corner of the crop within the black border."""
+    mirror: Tensor
+    """bool [n, B]: whether the picture is flipped."""
+    colour: Tensor
+    """FloatTensor [n, B, 6]: uniform draws for the colour jitter."""
+    box: Tensor
+    """LongTensor [n, B, 4]: what is erased, as top, left, bottom, right."""
+
+    def to(self, device: torch.device) -> Changes:
+        """Return the same changes on `device`."""
+        return Changes(*(column.to(device, non_blocking=True) for column in self))
+
+    def select(self, index: Any) -> Changes:
+        """Return the changes at `index`, such as a batch's number."""
+        return Changes(*(column[index] for column in self))
+
+
+def draw_changes(
+    shape: tuple[int, int, int, int],
     generator: Generator,
     *,
     flip: float = 0.5,
     pad: float = 10 / 256,
     erase: float = 0.5,
-    jitter: float = 0.0,
-    rows: slice = slice(None),
+) -> Changes:
+    """Draw the changes to n batches of B pictures.
+
+    Parameters
+    ----------
+    shape : tuple
+        n, B, and height and width of a picture.
+    generator : Generator
+        On the CPU: the same seed gives the same changes on every device.
+    flip, erase : float
+        Probabilities per picture.
+    pad : float
+        Border, as a share of the height.
+    """
+    n, batch, height, width = shape
+    draw, tries = torch.empty(n, batch, 12), torch.ones(n, batch, 10, 2)
+    for i in range(n):  # in the order in which single batches would draw
+        torch.rand(batch, 12, generator=generator, out=draw[i])
+        if erase > 0:
+            torch.rand(batch, 10, 2, generator=generator, out=tries[i])
+    start = (draw[..., :2] * (2 * round(pad * height) + 1)).long()
+    box = _boxes(height, width, draw[..., 9:], tries, erase)
+    return Changes(start, draw[..., 2] < flip, draw[..., 3:9], box)
+
+
+def change(
+    pixels: Tensor, changes: Changes, *, pad: float = 10 / 256, jitter: float = 0.0
 ) -> Tensor:
-    """Change a batch at random and normalise it, on the device where it lies.
+    """Apply changes to a batch and normalise it, on the device where it lies.
 
     Horizontal flip; shift within a black border (pad and random crop); colour
     jitter; normalisation; random erasing with the mean colour, which is 0 after
@@ -51,34 +102,40 @@ def augment(
     ----------
     pixels : uint8 Tensor [B, H, W, 3]
         Decoded pictures.
-    generator : Generator
-        On the CPU: the same seed gives the same changes on every device.
-    flip, erase : float
-        Probabilities per picture.
+    changes : Changes
+        Of this batch, columns of [B], on the same device.
     pad : float
-        Border, as a share of the height.
+        As they were drawn with.
     jitter : float
         Strength of brightness, contrast, saturation and tint changes; 0 for none.
-    rows : slice
-        The part of the batch to return; chance is drawn for all of it.
 
     Returns
     -------
     FloatTensor [B, 3, H, W]
-        In the channels-last memory format; the chosen rows.
+        In the channels-last memory format.
     """
-    batch, height, width, _ = pixels.shape
-    draw = torch.rand(batch, 12, generator=generator)[rows]
-    border = round(pad * height)
-    start = (draw[:, :2] * (2 * border + 1)).long()
-    changed = _moved(pixels[rows], border, start, draw[:, 2] < flip)
+    border = round(pad * pixels.shape[1])
+    changed = _moved(pixels, border, changes.start, changes.mirror)
     if jitter > 0:
-        changed = _jitter(changed, draw[:, 3:9], jitter)
+        changed = _jitter(changed, changes.colour, jitter)
     pictures = normalise(changed)
-    if erase > 0:
-        tries = torch.rand(batch, 10, 2, generator=generator)[rows]
-        _erase(pictures, _boxes(height, width, draw[:, 9:], tries, erase))
+    _erase(pictures, changes.box)
     return pictures
+
+
+def augment(
+    pixels: Tensor,
+    generator: Generator,
+    *,
+    flip: float = 0.5,
+    pad: float = 10 / 256,
+    erase: float = 0.5,
+    jitter: float = 0.0,
+) -> Tensor:
+    """Change one batch at random: :func:`draw_changes`, then :func:`change`."""
+    shape = (1, *pixels.shape[:3])
+    drawn = draw_changes(shape, generator, flip=flip, pad=pad, erase=erase)
+    return change(pixels, drawn.select(0).to(pixels.device), pad=pad, jitter=jitter)
 
 
 def _by_picture(device: torch.device) -> bool:
@@ -93,7 +150,7 @@ def _erase(pictures: Tensor, boxes: Tensor) -> None:
         for picture, box in zip(pictures, boxes.tolist(), strict=True):
             picture[:, box[0] : box[2], box[1] : box[3]] = 0
         return
-    top, left, bottom, right = boxes.to(pictures.device, non_blocking=True).T[..., None]
+    top, left, bottom, right = boxes.T[..., None]
     row = torch.arange(pictures.shape[2], device=pictures.device)
     column = torch.arange(pictures.shape[3], device=pictures.device)
     tall, wide = (top <= row) & (row < bottom), (left <= column) & (column < right)
@@ -114,13 +171,10 @@ def _moved(pixels: Tensor, border: int, start: Tensor, mirror: Tensor) -> Tensor
             window = picture[top : top + height, left : left + width]
             windows.append(window.flip(1) if flip else window)
         return torch.stack(windows)
-    across = torch.arange(width)
-    row = start[:, :1] + torch.arange(height)
+    across = torch.arange(width, device=pixels.device)
+    row = start[:, :1] + torch.arange(height, device=pixels.device)
     column = start[:, 1:] + torch.where(mirror[:, None], across.flip(0), across)
-    picture, row, column = (
-        index.to(pixels.device, non_blocking=True)
-        for index in (torch.arange(len(pixels)), row, column)
-    )
+    picture = torch.arange(len(pixels), device=pixels.device)
     return framed[picture[:, None, None], row[:, :, None], column[:, None]]
 
 
@@ -130,7 +184,6 @@ def _jitter(pixels: Tensor, draw: Tensor, strength: float) -> Tensor:
     Maps [B, H, W, 3] in 0..255 to the same, as floats.
     """
     factor = (1 + strength * (2 * draw - 1))[:, None, None]
-    factor = factor.to(pixels.device, non_blocking=True)
     x = pixels * factor[..., :1]
     x = torch.lerp(x.mean(dim=(1, 2, 3), keepdim=True), x, factor[..., 1:2])
     x = torch.lerp(x.mean(dim=3, keepdim=True), x, factor[..., 2:3])
@@ -140,21 +193,21 @@ def _jitter(pixels: Tensor, draw: Tensor, strength: float) -> Tensor:
 def _boxes(
     height: int, width: int, draw: Tensor, tries: Tensor, probability: float
 ) -> Tensor:
-    """Return what to erase in each picture: top, left, bottom, right, [B, 4].
+    """Return what to erase in each picture: top, left, bottom, right, [..., 4].
 
     A rectangle of 2-40 % of the area and an aspect ratio of 0.3-3.3; the first of
-    the `tries`, [B, T, 2], that fits into the picture is taken, and if none fits or
-    chance decides against it, an empty one. `draw` is [B, 3]; all are uniform.
+    the `tries`, [..., T, 2], that fits into the picture is taken, and if none fits or
+    chance decides against it, an empty one. `draw` is [..., 3]; all are uniform.
     """
     area = height * width * (0.02 + 0.38 * tries[..., 0])
     aspect = 0.3 + 3.0 * tries[..., 1]
     tall = (area * aspect).sqrt().round()
     wide = (area / aspect).sqrt().round()
     fits = (tall < height) & (wide < width)
-    first = fits.long().argmax(dim=1, keepdim=True)
-    happens = fits.any(dim=1, keepdim=True) & (draw[:, :1] < probability)
-    tall = tall.gather(1, first) * happens
-    wide = wide.gather(1, first) * happens
-    top = (draw[:, 1:2] * (height - tall + 1)).floor()
-    left = (draw[:, 2:3] * (width - wide + 1)).floor()
-    return torch.cat([top, left, top + tall, left + wide], dim=1).long()
+    first = fits.long().argmax(dim=-1, keepdim=True)
+    happens = fits.any(dim=-1, keepdim=True) & (draw[..., :1] < probability)
+    tall = tall.gather(-1, first) * happens
+    wide = wide.gather(-1, first) * happens
+    top = (draw[..., 1:2] * (height - tall + 1)).floor()
+    left = (draw[..., 2:3] * (width - wide + 1)).floor()
+    return torch.cat([top, left, top + tall, left + wide], dim=-1).long()
