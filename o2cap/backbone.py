@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
-import re
-from http.client import HTTPException
+from difflib import get_close_matches
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
-import torchvision
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision import models
+from torchvision.models.resnet import BasicBlock
+from torchvision.transforms.v2 import Normalize
 
+from o2cap.data.transforms import MEAN, STD
 from o2cap.errors import InputError, unknown
-from o2cap.files import usable
-
-# Parts of torchvision's models that a backbone does without.
-_CLASSIFIERS = ("fc", "classifier", "heads", "head", "AuxLogits", "aux1", "aux2")
-_OWN = ("tiny_resnet", "resnet50_ibn_a", "resnet101_ibn_a")
-
-# Their auxiliary classifiers are left out as the main one is, with its dropout, and
-# their weights expect colours in −1..1.
-_INCEPTION: dict[str, Any] = {
-    "aux_logits": False,
-    "transform_input": True,
-    "init_weights": True,
-    "dropout": 0.0,
-}
-_OPTIONS = {"googlenet": _INCEPTION, "inception_v3": _INCEPTION}
-
-# Names in torchvision's older weight files, which its own loaders translate too.
-_RENAMED = (
-    (re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)"), r"\1\2"),
-    (re.compile(r"(\.mlp)\.linear_1\."), r"\1.0."),
-    (re.compile(r"(\.mlp)\.linear_2\."), r"\1.3."),
-)
+from o2cap.weights import HEADS, fill, read_state_dict, resize_positions
 
 
 class GeM(nn.Module):
@@ -91,28 +69,26 @@ class TinyResNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
 
-        def block(inside: int, out: int, stride: int) -> BasicBlock:
-            if stride == 1 and inside == out:
-                return BasicBlock(inside, out)
-            shortcut = nn.Sequential(
-                nn.Conv2d(inside, out, 1, stride, bias=False), nn.BatchNorm2d(out)
-            )
-            return BasicBlock(inside, out, stride, shortcut)
+        def halved(inside: int, out: int) -> BasicBlock:
+            shortcut = nn.Conv2d(inside, out, 1, 2, bias=False), nn.BatchNorm2d(out)
+            return BasicBlock(inside, out, 2, nn.Sequential(*shortcut))
 
-        self.layers = nn.Sequential(
-            nn.Conv2d(3, 24, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(24),
-            nn.ReLU(inplace=True),
-            block(24, 24, 1),
-            block(24, 48, 2),
-            block(48, 96, 2),
-        )
+        stem = nn.Conv2d(3, 24, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(24)
+        blocks = BasicBlock(24, 24), halved(24, 48), halved(48, 96)
+        self.layers = nn.Sequential(*stem, nn.ReLU(inplace=True), *blocks)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
+
+
+class AnySizeViT(models.VisionTransformer):
+    """torchvision's vision transformer, which by itself insists on squares."""
+
+    def _process_input(self, x: Tensor) -> Tensor:
+        return self.conv_proj(x).flatten(2).transpose(1, 2)
 
 
 class ReIDModel(nn.Module):
@@ -147,23 +123,26 @@ def build_model(
     height: int = 256,
     width: int = 128,
     pooling: Literal["avg", "gem"] = "avg",
-    last_stride: Literal[1, 2] = 1,
 ) -> ReIDModel:
     """Return the model called `backbone`, its classifier removed.
+
+    The last stage of a ResNet has stride 1. The position embedding of a vision
+    transformer is resized, its patch projection frozen (Chen et al., ICCV 2021).
 
     Parameters
     ----------
     backbone : str
-        ``tiny_resnet``, ``resnet50_ibn_a``, ``resnet101_ibn_a``, or the name of a
-        classification model of torchvision.
+        ``tiny_resnet``, ``resnet50_ibn_a``, ``resnet101_ibn_a``, the name of a
+        classification model of torchvision, or ``timm:`` and the name of one of timm.
     weights : str
-        ``torchvision`` (downloads its own), ``none``, or a file: safetensors, or a
-        state dict that ``torch.save`` wrote; of the backbone, or of a whole model as
-        a run directory holds it.
+        ``pretrained`` or ``torchvision`` (the library's own, downloaded), ``none``, or
+        a file, see :func:`o2cap.weights.read_state_dict`: of the backbone, or of a
+        whole model as a run directory holds it.
     height, width : int
         Size of the input in pixels.
-    last_stride : 1 or 2
-        Stride of the last stage of a ResNet; other backbones ignore it.
+    pooling : str
+        Of a feature map. ``avg`` leaves it to a network that pools by itself: a vision
+        transformer returns its class token.
 
     Raises
     ------
@@ -171,182 +150,99 @@ def build_model(
         For an unknown name, weights that do not fit or cannot be had, an input
         size the backbone refuses, or GeM on a backbone that has no feature map.
     """
-    network = _network(backbone)
-    state = _read_weights(backbone, weights)
-    whole = "bottleneck.weight" in state
-    if state and not whole:
-        _load_weights(network, backbone, weights, state)
-    if isinstance(network, ResNet) and last_stride == 1:
-        first = network.layer4[0]
-        (first.conv2 if isinstance(first, Bottleneck) else first.conv1).stride = (1, 1)
-        first.downsample[0].stride = (1, 1)
-    body = _without_classifier(network)
+    pretrained = weights in ("pretrained", "torchvision")
+    from_file = not pretrained and weights != "none"
+    state = read_state_dict(Path(weights)) if from_file else {}
+    whole = {"backbone", "bottleneck"} <= {name.split(".")[0] for name in state}
+    make = _timm if backbone.startswith("timm:") else _torchvision
     try:
+        network = make(backbone, pretrained, (height, width), pooling)
+        if from_file and not whole:
+            fill(network, state)
+        body = _body(network, (height, width))
         with torch.inference_mode():
             shape = body.eval()(torch.zeros(1, 3, height, width)).shape
+        pool: nn.Module = nn.Identity()
+        if len(shape) == 4 and getattr(network, "output_fmt", "NCHW") == "NCHW":
+            pool = GeM() if pooling == "gem" else AveragePool()
+        elif len(shape) != 2 or pooling == "gem":
+            raise ValueError(f"--pooling {pooling} does not fit its output {[*shape]}")
+        model = ReIDModel(body, pool, shape[1])
+        if whole:
+            fill(model, state)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(
-            f"The backbone {backbone} refuses pictures of height {height} and width "
-            f"{width} ({error}); choose another --height and --width."
+            f"The backbone {backbone} with --weights {weights} does not work for "
+            f"--height {height} and --width {width} ({' '.join(str(error).split())}); "
+            "try another size, --weights FILE, or --weights none."
         ) from error
-    if len(shape) == 4:
-        pool: nn.Module = GeM() if pooling == "gem" else AveragePool()
-    elif pooling == "gem":
-        raise InputError(
-            f"The backbone {backbone} pools by itself; leave --pooling at avg."
-        )
-    else:
-        pool = nn.Identity()
-    model = ReIDModel(body, pool, shape[1])
-    if whole:
-        _load_weights(model, backbone, weights, state)
     return model.train()
 
 
-def _network(name: str) -> nn.Module:
+def _torchvision(name: str, pretrained: bool, *_: Any) -> nn.Module:
+    own = ["tiny_resnet", "resnet50_ibn_a", "resnet101_ibn_a"]
+    # without those that need special care; timm has them, too
+    odd = ["densenet*", "googlenet", "inception*", "maxvit*"]
+    known = own + models.list_models(models, exclude=odd)
+    if name not in known:
+        raise InputError(unknown("The backbone", name, known))
+    if pretrained and name in own:
+        raise ValueError("nobody offers weights of it")
     if name == "tiny_resnet":
         return TinyResNet()
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name.endswith("_ibn_a") and name in _OWN:
-        network = torchvision.models.get_model(name.removesuffix("_ibn_a"))
+    network = models.get_model(name.removesuffix("_ibn_a"))
+    if name in own:
         for stage in (network.layer1, network.layer2, network.layer3):
             for block in stage:
                 block.bn1 = IBN(block.bn1.num_features)
-        return network
-    if name not in known:
-        raise InputError(unknown("The backbone", name, [*_OWN, *known]))
-    return torchvision.models.get_model(name, weights=None, **_OPTIONS.get(name, {}))
-
-
-def _without_classifier(network: nn.Module) -> nn.Module:
-    """Return what maps pictures to a feature map, or else to a pooled vector."""
-    if isinstance(network, ResNet):
-        return nn.Sequential(*list(network.children())[:-2])
-    if isinstance(network, torchvision.models.DenseNet):
-        return nn.Sequential(network.features, nn.ReLU())
-    if isinstance(network, torchvision.models.SwinTransformer):
-        network.head = nn.Identity()
-    elif isinstance(features := getattr(network, "features", None), nn.Module):
-        return features
-    else:
-        for name in _CLASSIFIERS:
-            if hasattr(network, name):
-                setattr(network, name, nn.Identity())
+    for head in HEADS:
+        if hasattr(network, head):
+            setattr(network, head, nn.Identity())
+    if pretrained:
+        choices = models.get_model_weights(name)
+        choice = getattr(choices, "IMAGENET1K_V1", choices.DEFAULT)
+        fill(network, choice.get_state_dict(check_hash=True, weights_only=True))
     return network
 
 
-@torch.no_grad()
-def _read_weights(backbone: str, weights: str) -> dict[str, Tensor]:
-    if weights == "none":
-        return {}
-    if weights == "torchvision":
-        return _download(backbone)
-    return read_state_dict(Path(weights))
-
-
-def _load_weights(
-    network: nn.Module, backbone: str, weights: str, state: dict[str, Tensor]
-) -> None:
-    for pattern, name in _RENAMED:
-        state = {pattern.sub(name, k): v for k, v in state.items()}
-    state = {k: v for k, v in state.items() if k.split(".")[0] not in _CLASSIFIERS}
-    mine = {
-        k: v
-        for k, v in network.state_dict().items()
-        if k.split(".")[0] not in _CLASSIFIERS
-    }
-    # BN counters are no weights; files made long ago do not have them.
-    needed = [k for k in mine if not k.endswith("num_batches_tracked")]
-    common = [k for k in mine if k in state]
-    for what, names in (
-        ("has entries that the backbone does not know", [*state.keys() - mine.keys()]),
-        ("lacks entries of the backbone", [k for k in needed if k not in state]),
-        (
-            "has entries of another shape",
-            [k for k in common if mine[k].shape != state[k].shape],
-        ),
-    ):
-        if names:
-            raise InputError(
-                f"The weights {weights} do not fit the backbone {backbone}: the file "
-                f"{what}, {len(names)} in all, for instance {min(names)}."
-            )
-    for name in common:
-        mine[name].copy_(state[name])
-
-
-def _download(backbone: str) -> dict[str, Tensor]:
-    if backbone in _OWN:
-        raise InputError(
-            f"torchvision has no weights for {backbone}; give a file with --weights "
-            "FILE (safetensors or a state dict), or start from --weights none."
-        )
-    choices = torchvision.models.get_model_weights(backbone)
-    choice = getattr(choices, "IMAGENET1K_V1", choices.DEFAULT)
+def _timm(name: str, pretrained: bool, size: tuple[int, int], pooling: str) -> Any:
     try:
-        return choice.get_state_dict(progress=True, check_hash=True, weights_only=True)
-    except (OSError, HTTPException, RuntimeError, UnpicklingError) as error:
-        raise InputError(
-            f"The ImageNet weights of {backbone} cannot be downloaded ({error}); "
-            f"fetch {choice.url} where there is internet, copy it here and give it "
-            "with --weights FILE, or start from --weights none, best with the small "
-            "--backbone tiny_resnet --height 64 --width 32."
-        ) from error
+        import timm
+    except ImportError as error:
+        raise InputError(f"{name} needs timm: pip install 'o2cap[timm]'.") from error
+    name, known = name[5:], timm.list_models() + timm.list_pretrained()
+    if name not in known:
+        near = ", ".join(get_close_matches(name, known, cutoff=0))
+        raise InputError(f"timm has no model {name!r}; the nearest are {near}.")
+    options: dict[str, Any] = {"global_pool": ""} if pooling == "gem" else {}
+    if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
+        options["img_size"] = size
+    return timm.create_model(name, pretrained, num_classes=0, **options)
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether a value is a tensor that holds its real numbers one by one."""
-    return (
-        isinstance(value, Tensor)
-        and value.layout == torch.strided
-        and not (value.is_quantized or value.is_complex() or value.is_meta)
-    )
-
-
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a weights file, without running any code in it.
-
-    Parameters
-    ----------
-    path : Path
-        A ``.safetensors`` file, or a state dict that ``torch.save`` wrote (plain,
-        or under the key ``state_dict`` or ``model``; a leading ``module.`` of
-        DataParallel is removed).
-
-    Raises
-    ------
-    InputError
-        When the file is missing, damaged, more than a dictionary of tensors, or holds
-        NaN or infinity.
-    """
-    with usable(path):
-        exists = path.is_file()
-    if not exists:
-        raise InputError(f"The weights file {path} does not exist.")
-    state: Any
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).partition("\n")[0][:200] or type(error).__name__
-        if isinstance(error, UnpicklingError):  # whose own text advises to trust it
-            reason = "damaged, or holds objects besides tensors, which are never loaded"
-        raise InputError(
-            f"The weights file {path} cannot be read as safetensors or as a plain "
-            f"state dict ({reason})."
-        ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and _is_plain(value) for name, value in state.items()
-    ):
-        raise InputError(f"The weights file {path} is no dictionary of tensors.")
-    for name, value in state.items():
-        if not value.float().isfinite().all():
-            raise InputError(
-                f"The weights file {path} holds NaN or infinity in {name}."
-            )
-    return {name.removeprefix("module."): value for name, value in state.items()}
+def _body(network: Any, size: tuple[int, int]) -> nn.Module:
+    """Return what maps pictures to a feature map, or else to a pooled vector."""
+    for part in getattr(network, "layer4", nn.Identity()).modules():
+        if hasattr(part, "stride"):  # the last stage of a ResNet
+            part.stride = (1, 1)
+        if isinstance(part, nn.AvgPool2d):  # before some shortcuts
+            part.kernel_size, part.padding = 1, 0
+    for name, value in network.named_parameters():
+        if name.startswith(("conv_proj.", "patch_embed.proj.")):
+            value.requires_grad_(False)
+    if hasattr(network, "pretrained_cfg"):  # timm's; they expect other colours
+        colours = torch.tensor([network.pretrained_cfg[k] for k in ("mean", "std")])
+        mean, std = (colours - torch.tensor([MEAN, [0] * 3])) / torch.tensor(STD)
+        return nn.Sequential(Normalize(mean.tolist(), std.tolist()), network)
+    if isinstance(network, models.VisionTransformer):
+        grid = [pixels // network.patch_size for pixels in size]
+        positions = resize_positions(network.encoder.pos_embedding.detach(), grid)
+        network.encoder.pos_embedding = nn.Parameter(positions)
+        network.__class__ = AnySizeViT
+    if isinstance(network, AnySizeViT | TinyResNet):
+        return network
+    end = ("avgpool", "flatten", *HEADS)
+    parts = [part for name, part in network.named_children() if name not in end]
+    return parts[0] if len(parts) == 1 else nn.Sequential(*parts)
