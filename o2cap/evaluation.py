@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numba
 import numpy as np
+import torch
 from torch import Tensor
 
-from o2cap import distributed
+from o2cap import distributed, reranking
 from o2cap.backbone import ReIDModel
 from o2cap.config import Config
 from o2cap.data.images import ImageSet, ReIDDataset
@@ -19,6 +20,7 @@ from o2cap.data.loading import decode
 from o2cap.device import Hardware
 from o2cap.errors import InputError
 from o2cap.features import extract_all
+from o2cap.verification import verify_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,13 @@ class RetrievalMetrics:
     mINP: float
     queries: int  # queries that were scored
     left_out: int  # queries without a match in the gallery
+
+    def record(self) -> dict[str, float]:
+        """Return mAP, rank1, rank5, rank10 and mINP, as records have them."""
+        # Beyond the end of a gallery of fewer pictures nothing more is found.
+        rank = {k: float(self.cmc[min(k, len(self.cmc)) - 1]) for k in (1, 5, 10)}
+        ranks = {f"rank{k}": share for k, share in rank.items()}
+        return {"mAP": self.mAP, **ranks, "mINP": self.mINP}
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,8 @@ def evaluate_retrieval(
     gallery_pids: Tensor,
     query_camids: Tensor,
     gallery_camids: Tensor,
+    *,
+    distances: Iterable[Tensor] | None = None,
 ) -> RetrievalMetrics:
     """Rank the gallery for each query by inner product and score the ranking.
 
@@ -82,6 +93,9 @@ def evaluate_retrieval(
         one device
     query_pids, query_camids : int64 [Q]
     gallery_pids, gallery_camids : int64 [G]
+    distances : iterable of FloatTensor [B, G], optional
+        Rank by these instead, blocks in the order of the queries: see
+        :func:`o2cap.reranking.rerank`.
 
     Raises
     ------
@@ -108,9 +122,14 @@ def evaluate_retrieval(
     ap, inp = np.full(total, np.nan), np.full(total, np.nan)
     best = np.zeros(total, np.int64)
     size = max(1, _BLOCK_ELEMENTS // max(1, width))
-    for start in range(0, total, size):
-        block = slice(start, start + size)
-        product = query_features[block].float() @ gallery_features.float().T
+    if distances is None:
+        gallery = gallery_features.float().T
+        products = (part.float() @ gallery for part in query_features.split(size))
+    else:
+        products = (-distance for distance in distances)
+    start = 0
+    for product in products:
+        block = slice(start, start := start + len(product))
         similarity = product.cpu().numpy()
         if len(known) < width:
             similarity = similarity[:, known]
@@ -286,11 +305,8 @@ class Evaluator:
         """Return the retrieval metrics of `model`, None without query and gallery."""
         if not self.decoded:
             return None
-        (query_pixels, query), (gallery_pixels, gallery) = self.decoded
-        features = [
-            extract_all(model, pixels, self.config, self.hardware)
-            for pixels in (query_pixels, gallery_pixels)
-        ]
+        (_, query), (_, gallery) = self.decoded
+        features = self.features(model)
         assert query.pids is not None and gallery.pids is not None  # see check_parts
         return distributed.on_first(
             evaluate_retrieval,
@@ -302,19 +318,83 @@ class Evaluator:
             gallery.camids,
         )
 
+    def features(self, model: ReIDModel) -> list[Tensor]:
+        """Return the features of query and gallery."""
+        return [
+            extract_all(model, pixels, self.config, self.hardware)
+            for pixels, _ in self.decoded
+        ]
+
     def record(self, model: ReIDModel) -> dict[str, Any]:
         """Return the metrics as a record's entries; none without query and gallery."""
         found = self(model)
-        if found is None:
-            return {}
-        # Beyond the end of a gallery of fewer pictures nothing more is found.
-        most = len(found.cmc)
-        rank = {f"rank{k}": float(found.cmc[min(k, most) - 1]) for k in (1, 5, 10)}
-        return {"mAP": found.mAP, **rank, "mINP": found.mINP}
+        return {} if found is None else found.record()
 
 
-def check_parts(dataset: ReIDDataset) -> None:
+def assess(
+    query: ImageSet,
+    gallery: ImageSet,
+    query_features: Tensor,
+    gallery_features: Tensor,
+    *,
+    same_camera: Literal["drop", "keep"] = "drop",
+    rerank: bool = False,
+) -> dict[str, Any]:
+    """Return all that is said of a model on a query and a gallery.
+
+    Parameters
+    ----------
+    query, gallery : ImageSet
+        Q and G pictures, with their identities.
+    query_features, gallery_features : FloatTensor [Q, D] and [G, D]
+        L2-normalised, on one device.
+    same_camera : "drop" or "keep"
+        Whether pictures of the query's identity and camera are left out, as the
+        standard protocol does, or only the query's own picture.
+    rerank : bool
+        Also score the ranking by :func:`o2cap.reranking.rerank`.
+
+    Returns
+    -------
+    dict
+        Ranking metrics; under ``verification`` the figures of
+        :func:`o2cap.verification.verify_pairs`; with `rerank`, under ``reranked``, the
+        same ranking metrics again; and ``same_camera``.
+
+    Raises
+    ------
+    InputError
+        When no query has a match in the gallery.
+    """
+    assert query.pids is not None and gallery.pids is not None  # see check_parts
+    cameras = (query.camids, gallery.camids)
+    if same_camera == "keep":
+        # As if each picture of the gallery had a camera of its own.
+        place = {path: i for i, path in enumerate(gallery.paths)}
+        own = torch.tensor([place.get(path, -1) for path in query.paths])
+        cameras = (own, torch.arange(len(gallery)))
+    features = (query_features, gallery_features)
+    labels = (query.pids, gallery.pids, *cameras)
+    record: dict[str, Any] = {**evaluate_retrieval(*features, *labels).record()}
+    if rerank:
+        blocks = reranking.rerank(*features)
+        again = evaluate_retrieval(*features, *labels, distances=blocks)
+        record["reranked"] = again.record()
+    record["verification"] = asdict(verify_pairs(*features, *labels))
+    return record | {"same_camera": same_camera}
+
+
+def check_parts(
+    dataset: ReIDDataset, *, train: bool = True, same_camera: str = "drop"
+) -> None:
     """Refuse a data set that cannot be trained on or evaluated with.
+
+    Parameters
+    ----------
+    train : bool
+        Whether it is to be trained on.
+    same_camera : "drop" or "keep"
+        As for :func:`assess`.
 
     Raises
     ------
@@ -322,7 +402,7 @@ def check_parts(dataset: ReIDDataset) -> None:
         For no training pictures; a gallery without queries, or the reverse; or
         pictures there of which no identity is known, or none that can be found.
     """
-    if len(dataset.train) == 0:
+    if train and len(dataset.train) == 0:
         raise InputError(f"The data set {dataset.name} has no training pictures.")
     for has, lacks in (("gallery", "query"), ("query", "gallery")):
         if len(getattr(dataset, has)) and not len(getattr(dataset, lacks)):
@@ -335,10 +415,14 @@ def check_parts(dataset: ReIDDataset) -> None:
     cameras: dict[int, set[int]] = {}
     for pid, camid in _identified(dataset.gallery):
         cameras.setdefault(pid, set()).add(camid)
-    if not any(cameras.get(p, set()) - {c} for p, c in _identified(dataset.query)):
+    if not any(
+        cameras.get(pid, set()) - ({camid} if same_camera == "drop" else set())
+        for pid, camid in _identified(dataset.query)
+    ):
         raise InputError(
             f"The data set {dataset.name} cannot be evaluated with: no query has a "
-            "picture of its identity, from another camera, in the gallery."
+            "picture of its identity in the gallery, from another camera (which "
+            "o2cap evaluate --same-camera keep does not ask for)."
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from o2cap import reranking
+from o2cap.data.images import ImageSet, ReIDDataset
+from o2cap.errors import InputError
+from o2cap.evaluation import assess, check_parts, evaluate_retrieval
 from o2cap.reranking import rerank
 
 
@@ -67,3 +72,62 @@ def test_blocks_are_the_dense_formula(
 def test_equal_pictures_stand_at_zero() -> None:
     x = torch.eye(8)[[0, 0, 0, 0]]
     assert torch.cat(list(rerank(x[:1], x[1:]))).abs().max() < 1e-5
+
+
+# ------------------------------------------------------------------ what evaluate says
+
+
+def people(n: int, cameras: int, start: int = 0) -> ImageSet:
+    """Return n pictures of five identities that do not exist on any disk."""
+    index = torch.arange(start, start + n)
+    paths = [Path(f"{i}.png") for i in index.tolist()]
+    return ImageSet(paths, index % cameras, index % 5)
+
+
+def mean_ap(q: ImageSet, g: ImageSet, distance: Tensor, keep: bool) -> float:
+    """Rank with loops; with `keep` only a query's own picture is left out."""
+    assert q.pids is not None and g.pids is not None
+    scores = []
+    for i in range(len(q)):
+        hits = []
+        for j in distance[i].argsort(stable=True).tolist():
+            same = bool(q.pids[i] == g.pids[j])
+            camera = bool(q.camids[i] == g.camids[j])
+            if q.paths[i] != g.paths[j] if keep else not (same and camera):
+                hits.append(same)
+        right = np.cumsum(hits)
+        scores.append(np.mean([right[k] / (k + 1) for k in np.flatnonzero(hits)]))
+    return float(np.mean(scores))
+
+
+@pytest.mark.parametrize("same_camera", ["drop", "keep"])
+def test_queries_that_are_in_the_gallery_do_not_find_themselves(
+    same_camera: str,
+) -> None:
+    x = clustered(40, 5)
+    everything = people(40, 3)
+    few = everything.select(torch.arange(0, 40, 3))
+    said = assess(few, everything, x[::3], x, same_camera=same_camera, rerank=True)
+    keep = same_camera == "keep"
+    cosine, again = 1 - x[::3] @ x.T, torch.cat(list(rerank(x[::3], x)))
+    assert said["mAP"] == pytest.approx(mean_ap(few, everything, cosine, keep))
+    reranked = said["reranked"]["mAP"]
+    assert reranked == pytest.approx(mean_ap(few, everything, again, keep))
+    assert said["same_camera"] == same_camera
+    assert 0.5 < said["verification"]["auc"] <= 1
+
+
+def test_one_camera_and_no_training_pictures_can_be_evaluated() -> None:
+    nothing, x = people(0, 1), clustered(30, 5)
+    query, gallery = people(10, 1), people(20, 1, start=10)
+    data = ReIDDataset("mine", nothing, query, gallery)
+    with pytest.raises(InputError, match="no training pictures"):
+        check_parts(data)
+    with pytest.raises(InputError, match="--same-camera keep"):
+        check_parts(data, train=False)
+    check_parts(data, train=False, same_camera="keep")
+    said = assess(query, gallery, x[:10], x[10:], same_camera="keep")
+    # As the standard protocol says of two cameras.
+    assert query.pids is not None and gallery.pids is not None
+    labels = (query.pids, gallery.pids, query.camids, gallery.camids + 1)
+    assert said["mAP"] == evaluate_retrieval(x[:10], x[10:], *labels).mAP
