@@ -7,28 +7,27 @@ said by colour alone: lines and points also differ in their markers.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import wraps
 from itertools import pairwise
-from typing import Any, Literal, ParamSpec
+from typing import Any, Literal, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import torch
-from matplotlib import figure, font_manager
+from matplotlib import figure
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
-from matplotlib.patches import Rectangle
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from o2cap.data.images import ImageSet, open_picture
-from o2cap.data.loading import decode
-from o2cap.errors import InputError
+from o2cap.data.images import ImageSet
+from o2cap.proxies import split_by_camera
+from o2cap.sheets import thumbnails
 
 BLUE, VERMILLION, GREEN = "#0072B2", "#D55E00", "#009E73"
 PURPLE, ORANGE, SKY, YELLOW = "#CC79A7", "#E69F00", "#56B4E9", "#F0E442"
@@ -36,6 +35,33 @@ PALETTE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, YELLOW)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # 8 and 7: 56 different pairs
 GREY, PALE = "#8C8C8C", "#D9D9D9"
 GREYS = ("#757575", "#9E9E9E", "#C4C4C4")
+HATCHES = ("", "//", "..", "xx", "\\\\", "--")
+
+METHODS = (  # as tables and figures order them, each with a look of its own
+    *("baseline", "intra", "offline", "online", "both"),
+    *("both+gem", "both+ibn", "both+ibn+gem", "supervised"),
+)
+
+
+class Metric(NamedTuple):
+    """How tables and figures show what was measured."""
+
+    label: str
+    factor: float  # from the record's unit to that of the label
+    digits: int
+
+
+METRICS = {  # by their names in a record
+    "mAP": Metric("mAP (%)", 100, 1),
+    "rank1": Metric("rank-1 (%)", 100, 1),
+    "rank5": Metric("rank-5 (%)", 100, 1),
+    "rank10": Metric("rank-10 (%)", 100, 1),
+    "mINP": Metric("mINP (%)", 100, 1),
+    "ari": Metric("ARI (0 to 1)", 1, 2),
+    "clusters": Metric("clusters (number)", 1, 0),
+    "outliers": Metric("outliers (pictures)", 1, 0),
+    "cameras_per_cluster": Metric("cameras per cluster", 1, 2),
+}
 
 STYLE: dict[Any, Any] = {
     "axes.formatter.useoffset": False,
@@ -52,7 +78,7 @@ STYLE: dict[Any, Any] = {
 }
 
 History = Sequence[Mapping[str, Any]]
-P = ParamSpec("P")
+Array = np.ndarray
 
 
 class Figure(figure.Figure):
@@ -69,210 +95,50 @@ class Figure(figure.Figure):
         return buffer.getvalue()
 
 
-def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Draw in the one style, and leave matplotlib's settings as they were."""
+def look(name: str, place: int = 0) -> dict[str, Any]:
+    """Return colour and marker of a method, the same in every figure.
 
-    @wraps(draw)
-    def styled(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        with mpl.rc_context(STYLE):
-            return draw(*args, **kwargs)
-
-    return styled
-
-
-# ----------------------------------------------------------------------------- pictures
-
-
-@_styled
-def contact_sheet(
-    images: ImageSet,
-    rows: Tensor | None = None,
-    *,
-    limit: int = 8,
-    per_camera: int = 3,
-    name: str = "identity",
-) -> Figure:
-    """Lay pictures out, one row a label and one group of columns a camera.
-
-    The picture shows what each of the first labels looks like in every camera. A
-    white space means that the camera has no (further) picture of it.
-
-    Parameters
-    ----------
-    images : ImageSet
-        N pictures.
-    rows : LongTensor [N], optional
-        The label that decides a picture's row, such as its cluster or proxy; −1 for
-        pictures to leave out. By default the identity.
-    limit : int
-        Rows at most: the smallest labels.
-    per_camera : int
-        Pictures of a label and camera at most: the first ones. Fewer where many
-        cameras share the width.
-    name : str
-        What a row is, for its label.
-
-    Raises
-    ------
-    ValueError
-        When there are no identities and no `rows`, or no label of 0 or more.
+    What is no method takes the look of its `place` among others, and the weights
+    before training are grey.
     """
-    labels = images.pids if rows is None else rows
-    if labels is None or not bool((labels >= 0).any()):
-        raise ValueError("there is no label to make rows of: give rows")
-    shown = labels[labels >= 0].unique()[:limit]
-    cameras = images.camids[torch.isin(labels, shown)].unique()
-    cells = {
-        (i, j): ((labels == label) & (images.camids == camera)).nonzero().flatten()
-        for i, label in enumerate(shown)
-        for j, camera in enumerate(cameras)
-    }
-    most = max(len(members) for members in cells.values())
-    each = max(1, min(per_camera, most, 30 // len(cameras)))
-    place, index = [], []
-    for (i, j), members in cells.items():
-        for k, member in enumerate(members[:each].tolist()):
-            place.append((i, j, k))
-            index.append(member)
-    pixels = _thumbnails(images, index)
-    _, height, width, _ = pixels.shape
-    step, group = height + 4, each * (width + 2) + 8
-    sheet = np.full((len(shown) * step, len(cameras) * group, 3), 255, np.uint8)
-    for (i, j, k), picture in zip(place, pixels, strict=True):
-        x = j * group + k * (width + 2)
-        sheet[i * step : i * step + height, x : x + width] = picture
-    ax = _sheet_axes(sheet)
-    ax.set_yticks([i * step + height / 2 for i in range(len(shown))], shown.tolist())
-    ax.set_ylabel(name)
-    ax.set_xticks(
-        [j * group + (group - 8) / 2 for j in range(len(cameras))],
-        ["unknown" if c < 0 else str(c) for c in cameras.tolist()],
-    )
-    ax.set_xlabel("camera")
-    return ax.figure  # type: ignore[return-value]
+    if name == "before training":
+        return {"color": GREY, "marker": "x"}
+    i = METHODS.index(name) if name in METHODS else place
+    return {"color": PALETTE[i % len(PALETTE)], "marker": MARKERS[i % len(MARKERS)]}
 
 
-@_styled
-def ranked_lists(
-    query: ImageSet,
-    gallery: ImageSet,
-    similarity: Tensor,
-    *,
-    top: int = 10,
-    notes: Sequence[str] | None = None,
-    same_camera: bool = False,
-) -> Figure:
-    """Draw, for each query, the gallery's pictures most similar to it, best first.
+def panels(
+    number: int, *, columns: int, size: tuple[float, float], sharey: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure with `number` panels, `size` in inches each."""
+    columns = min(columns, number)
+    lines = -(-number // columns)
+    width, height = size
+    fig = Figure(figsize=(width * columns, height * lines + 0.3), layout="constrained")
+    axes = fig.subplots(lines, columns, squeeze=False, sharey=sharey).flatten()
+    for ax in axes[number:]:
+        ax.remove()
+    return fig, list(axes[:number])
 
-    The picture has a row per query: the query, then its matches, each with its
-    cosine distance (1 − similarity) and its camera. Where identities are known, a
-    green frame and a tick mark a right match, a red frame and a cross a wrong one.
 
-    Parameters
-    ----------
-    query, gallery : ImageSet
-        Q and G pictures.
-    similarity : FloatTensor [Q, G]
-        Cosine similarity, ``query_features @ gallery_features.T``.
-    top : int
-        Matches to show.
-    notes : sequence of str, optional
-        A short text for each query, written at its row.
-    same_camera : bool
-        Show also the pictures of the query's own identity and camera, which the
-        metrics leave out.
+def legend(fig: Figure, names: Iterable[str]) -> None:
+    """Name the looks below the panels."""
+    lines = [Line2D([], [], label=n, **look(n, i)) for i, n in enumerate(names)]
+    fig.legend(handles=lines, loc="outside lower center", ncols=min(5, len(lines)))
 
-    Raises
-    ------
-    ValueError
-        When `similarity` has another shape, or there is no query.
+
+def stack(
+    bar: Callable[..., Any], parts: pd.DataFrame, colours: Sequence[str] = PALETTE
+) -> None:
+    """Draw columns by `bar` (an axes' ``bar`` or ``barh``), each upon those before.
+
+    They differ in colour and hatch.
     """
-    if similarity.shape != (len(query), len(gallery)) or not len(query):
-        raise ValueError(
-            f"similarity must be [{len(query)}, {len(gallery)}] with a query at "
-            f"least, not {list(similarity.shape)}"
-        )
-    similarity = similarity.float().cpu()
-    one, other = (
-        torch.full_like(part.camids, -1) if part.pids is None else part.pids
-        for part in (query, gallery)
-    )
-    known = (one[:, None] >= 0) & (other >= 0)
-    same = known & (one[:, None] == other)
-    if not same_camera:
-        left_out = same & (query.camids[:, None] == gallery.camids)
-        similarity = similarity.masked_fill(left_out, -torch.inf)
-    best = similarity.topk(min(top, len(gallery)), dim=1)
-    found = [
-        [j for j, s in zip(*row, strict=True) if s > -torch.inf]
-        for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    ]
-    pictures = ImageSet(
-        [*query.paths, *(gallery.paths[j] for row in found for j in row)],
-        torch.zeros(len(query) + sum(map(len, found)), dtype=torch.int64),
-    )
-    pixels = iter(_thumbnails(pictures, range(len(pictures))))
-    queries = [next(pixels) for _ in found]
-    height, width, _ = queries[0].shape
-    step, across, gap = round(1.55 * height), max(width + 10, 58), 24
-    columns = 1 + max(map(len, found))
-    sheet = np.full((len(found) * step, gap + columns * across, 3), 255, np.uint8)
-    ax = _sheet_axes(sheet)
-
-    def put(picture: np.ndarray, i: int, x: int, colour: str, text: str) -> None:
-        y = i * step + 4
-        sheet[y : y + height, x : x + width] = picture
-        frame = Rectangle((x - 1, y - 1), width, height, fill=False, ec=colour, lw=3)
-        ax.add_patch(frame)
-        ax.text(x + width / 2, y + height + 4, text, ha="center", va="top", size=10)
-
-    for i, row in enumerate(found):
-        camera = _camera(query.camids[i])
-        put(queries[i], i, 4, "black", f"query\n{camera}")
-        for rank, j in enumerate(row):
-            colour, mark = GREY, ""
-            if known[i, j]:
-                colour, mark = (GREEN, " ✓") if same[i, j] else (VERMILLION, " ✗")
-            distance = max(1 - float(similarity[i, j]), 0)
-            text = f"{distance:.2f}{mark}\n{_camera(gallery.camids[j])}"
-            put(next(pixels), i, 4 + gap + (rank + 1) * across, colour, text)
-    ax.images[0].set_data(sheet)
-    ax.set_yticks(
-        [i * step + height / 2 for i in range(len(found))], notes or [""] * len(found)
-    )
-    ax.set_xticks(
-        [4 + gap + (rank + 1) * across + width / 2 for rank in range(columns - 1)],
-        [str(rank + 1) for rank in range(columns - 1)],
-    )
-    ax.set_xlabel("rank; below each match its cosine distance and its camera")
-    return ax.figure  # type: ignore[return-value]
-
-
-def _camera(camid: Tensor) -> str:
-    return f"cam {int(camid)}" if camid >= 0 else ""
-
-
-def _thumbnails(images: ImageSet, index: Sequence[int], height: int = 96) -> np.ndarray:
-    """Return pictures as uint8 [M, height, W, 3]; W suits the shape of the first."""
-    chosen = images.select(torch.tensor(index, dtype=torch.int64))
-    width = height // 2
-    with suppress(InputError), open_picture(chosen.paths[0]) as first:  # decode tells
-        width = round(height * min(max(first.width / first.height, 0.4), 2))
-    return decode(chosen, height, width)[0].numpy()
-
-
-def _sheet_axes(sheet: np.ndarray) -> Axes:
-    """Return axes with the array drawn on them, and ticks without lines."""
-    height, width, _ = sheet.shape
-    inches = min(max(width / 80, 3), 10)
-    fig = Figure(
-        figsize=(inches + 0.9, inches * height / width + 0.7), layout="constrained"
-    )
-    ax = fig.subplots()
-    ax.imshow(sheet, aspect="equal", interpolation="antialiased")
-    ax.spines[:].set_visible(False)
-    ax.tick_params(length=0)
-    return ax
+    base = np.zeros(len(parts))
+    for i, (label, size) in enumerate(parts.items()):
+        style = {"color": colours[i % len(colours)], "hatch": HATCHES[i % len(HATCHES)]}
+        bar(parts.index, size, 0.8, base, ec="white", label=label, **style)
+        base = base + size
 
 
 # --------------------------------------------------------------------------------- maps
@@ -329,28 +195,23 @@ def project(
     n = len(x)
     if n < 8:
         raise ValueError(f"a map needs 8 pictures at least, not {n}")
+    how: dict[str, Any] = {"metric": "cosine", "random_state": seed}
     if method == "umap":
         from umap import UMAP  # seconds to import
 
-        placed = UMAP(
-            n_neighbors=min(15, n - 1),
-            metric="cosine",
-            init="spectral" if n > 50 else "random",
-            random_state=seed,
-            n_jobs=1,
-        ).fit_transform(x)
-    elif method == "pca":
-        placed = PCA(n_components=2, svd_solver="full").fit_transform(x)
+        how["init"] = "spectral" if n > 50 else "random"
+        maker = UMAP(n_neighbors=min(15, n - 1), n_jobs=1, **how)
+    elif method == "tsne":
+        maker = TSNE(perplexity=min(30, (n - 1) / 3), **how)
     else:
-        placed = TSNE(
-            perplexity=min(30, (n - 1) / 3), metric="cosine", random_state=seed
-        ).fit_transform(x)
+        maker = PCA(n_components=2, svd_solver="full")
+    placed = maker.fit_transform(x).astype(np.float32)
     near = min(10, (n - 1) // 2)
     trust = trustworthiness(x, placed, n_neighbors=near, metric="cosine")
-    return Projection(np.asarray(placed, dtype=np.float32), method, float(trust))
+    return Projection(placed, method, float(trust))
 
 
-@_styled
+@mpl.rc_context(STYLE)
 def embedding_map(
     projection: Projection,
     images: ImageSet,
@@ -380,60 +241,83 @@ def embedding_map(
         What a label is, for the title.
     """
     labels = images.pids if labels is None else labels
-    panels: list[tuple[str, Tensor, list[int]]] = []
+    marks = {}
     if labels is not None:
-        panels.append((name, labels, _most_seen(labels, images.camids, limit)))
-    panels.append(("camera", images.camids, images.camids.unique().tolist()))
-    fig = Figure(figsize=(5.2 * len(panels), 5.6), layout="constrained")
+        marks[name] = labels, _most_seen(labels, images.camids, limit), 30
+    marks["camera"] = images.camids, images.camids.unique().tolist(), 18
     kind = {"umap": "UMAP", "tsne": "t-SNE", "pca": "PCA"}[projection.method]
-    x, y = projection.coordinates.T
-    axes = fig.subplots(1, len(panels), squeeze=False)[0]
-    for ax, (what, of, marked) in zip(axes, panels, strict=True):
-        rest = ~torch.isin(of, torch.tensor(marked)).numpy()
-        ax.scatter(x[rest], y[rest], s=8, c=PALE, label="other" if any(rest) else None)
+    place, trust = projection.coordinates, projection.trustworthiness
+    fig, axes = panels(len(marks), columns=2, size=(5.2, 5.3))
+    for ax, (what, (of, marked, size)) in zip(axes, marks.items(), strict=True):
+        x, y = place.T
+        rest = ~np.isin(of, marked)
+        ax.scatter(x[rest], y[rest], 8, PALE, label="other" if rest.any() else None)
         for i, value in enumerate(marked):
-            mine = (of == value).numpy()
-            ax.scatter(
-                x[mine],
-                y[mine],
-                s=30 if what != "camera" else 18,
-                c=PALETTE[i % 7],
-                marker=MARKERS[i % 8],
-                edgecolors="black",
-                linewidths=0.3,
-                label="unknown" if value < 0 else str(value),
-            )
+            mine, label = (of == value).numpy(), str(value) if value >= 0 else "unknown"
+            style = look(label, i) | {"ec": "black", "lw": 0.3, "label": label}
+            ax.scatter(x[mine], y[mine], size, **style)
         ax.set(xlabel=f"{kind} 1 (no unit)", ylabel=f"{kind} 2 (no unit)")
-        ax.set_xticks([])
-        ax.set_yticks([])
-        ax.set_title(f"by {what}")
-        ax.legend(
-            loc="upper center",
-            bbox_to_anchor=(0.5, -0.07),
-            ncols=5,
-            columnspacing=0.8,
-            handletextpad=0.1,
-        )
-    fig.suptitle(
-        f"{len(x):,} pictures; trustworthiness {projection.trustworthiness:.2f}",
-        fontsize=12,
-    )
+        ax.set(xticks=[], yticks=[], title=f"by {what}")
+        tight = {"ncols": 5, "columnspacing": 0.8, "handletextpad": 0.1}
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.07), **tight)
+    fig.suptitle(f"{len(place):,} pictures; trustworthiness {trust:.2f}", fontsize=12)
     return fig
 
 
 def _most_seen(labels: Tensor, camids: Tensor, limit: int) -> list[int]:
     """Return the labels seen by most cameras, then with most pictures; sorted."""
-    rank = {
-        label: (-len(camids[labels == label].unique()), -int((labels == label).sum()))
-        for label in labels[labels >= 0].unique().tolist()
-    }
-    return sorted(sorted(rank, key=lambda label: (*rank[label], label))[:limit])
+    pictures = pd.DataFrame({"label": labels.numpy(), "camera": camids.numpy()})
+    known = pictures[pictures["label"] >= 0].groupby("label")["camera"]
+    seen = known.agg(["nunique", "size"])
+    order = seen.sort_values(["nunique", "size"], ascending=False, kind="stable")
+    return sorted(order.index[:limit])
 
 
 # ------------------------------------------------------------------------------- curves
 
+CURVES = (  # of a run's epochs
+    *("clusters", "outliers", "cameras_per_cluster", "ari", "nmi"),
+    *("loss", "mAP", "rank1"),
+)
 
-@_styled
+
+def curves(
+    values: pd.DataFrame,
+    size: tuple[float, float] = (2.75, 2.6),
+    ends: Sequence[pd.DataFrame] = (),
+) -> Figure:
+    """Draw columns over the epochs, each in a panel, with a line for each run.
+
+    Parameters
+    ----------
+    values : DataFrame
+        By run and epoch.
+    size : tuple of float
+        Of a panel, in inches.
+    ends : sequence of DataFrame
+        Two of the same shape: where the bands around the lines begin and end.
+    """
+    runs = values.index.unique(level=0)
+    fig, axes = panels(len(values.columns), columns=4, size=size)
+    for ax, (title, column) in zip(axes, values.items(), strict=True):
+        for i, run in enumerate(runs):
+            line, style = column[run].dropna(), look(run, i)
+            ax.plot(line, markevery=1 + len(line) // 30, **style)
+            if ends:
+                band = [end[title][run][line.index] for end in ends]
+                ax.fill_between(
+                    line.index, *band, color=style["color"], alpha=0.2, lw=0
+                )
+        low, high = ax.dataLim.intervaly
+        ax.set_ylim(min(1.1 * low, 0), 1.1 * high if high > 0 else 1)
+        ax.set(title=title, xlabel="epoch")
+        ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    if len(runs) > 1:
+        legend(fig, runs)
+    return fig
+
+
+@mpl.rc_context(STYLE)
 def training_curves(runs: Mapping[str, History] | History) -> Figure:
     """Draw what each epoch recorded, in small panels.
 
@@ -448,57 +332,25 @@ def training_curves(runs: Mapping[str, History] | History) -> Figure:
         Records of the epochs, as in ``metrics.jsonl``.
     """
     named = runs if isinstance(runs, Mapping) else {"": runs}
-    wanted = {
-        "clusters": "clusters (number)",
-        "outliers": "outliers (pictures)",
-        "cameras_per_cluster": "cameras per cluster",
-        "ari": "ARI (0 to 1)",
-        "nmi": "NMI (0 to 1)",
-        "loss": "loss (no unit)" if len(named) == 1 else "loss / its first value",
-        "mAP": "mAP (%)",
-        "rank1": "rank-1 (%)",
+    tables = [pd.DataFrame(history).set_index("epoch") for history in named.values()]
+    found = pd.concat(tables, keys=named)
+    loss = "loss (no unit)"
+    if len(named) > 1 and "loss" in found:
+        loss = "loss / its first value"
+        found["loss"] /= found["loss"].groupby(level=0).transform("first")
+    metrics = METRICS | {
+        "nmi": Metric("NMI (0 to 1)", 1, 2),
+        "loss": Metric(loss, 1, 2),
     }
-    everything = [record for history in named.values() for record in history]
-    panels = [k for k in wanted if any(_measured(r, k) for r in everything)]
-    last = max(record["epoch"] for record in everything)
-    columns = min(4, len(panels))
-    n_rows = -(-len(panels) // columns)
-    fig = Figure(figsize=(2.75 * columns, 2.6 * n_rows + 0.3), layout="constrained")
-    axes = fig.subplots(n_rows, columns, squeeze=False).flatten()
-    for ax, key in zip(axes, panels, strict=False):
-        for i, history in enumerate(named.values()):
-            seen = [(r["epoch"], r[key]) for r in history if _measured(r, key)]
-            x, y = np.array(seen, dtype=float).reshape(-1, 2).T
-            if key in ("mAP", "rank1"):
-                y = 100 * y
-            elif key == "loss" and len(named) > 1 and len(y):
-                y = y / y[0]
-            marker = MARKERS[i % 8] if len(x) <= 30 else ""
-            ax.plot(x, y, color=PALETTE[i % 7], marker=marker)
-        ax.set_title(wanted[key])
-        low, high = ax.dataLim.intervaly
-        ax.set_ylim(min(1.1 * low, 0), 1.1 * high if high > 0 else 1)
-        ax.set_xlim(-0.5, last + 0.5)
-        ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        ax.set_xlabel("epoch")
-    for ax in axes[len(panels) :]:
-        ax.remove()
-    if len(named) > 1:
-        lines = axes[0].get_lines()
-        fig.legend(
-            lines, list(named), loc="outside lower center", ncols=min(5, len(named))
-        )
-    return fig
-
-
-def _measured(record: Mapping[str, Any], key: str) -> bool:
-    return key in record and np.isfinite(record[key])
+    shown = {metrics[m]: found[m] for m in CURVES if m in found}
+    values = pd.DataFrame({m.label: m.factor * v for m, v in shown.items()})
+    return curves(values.dropna(axis=1, how="all"))
 
 
 # ----------------------------------------------------------------------------- clusters
 
 
-@_styled
+@mpl.rc_context(STYLE)
 def camera_spread(clusters: Mapping[str, Tensor], camids: Tensor) -> Figure:
     """Count clusters by the number of cameras that see them.
 
@@ -513,22 +365,15 @@ def camera_spread(clusters: Mapping[str, Tensor], camids: Tensor) -> Figure:
     camids : LongTensor [N]
         The camera of each picture.
     """
-    counts = {}
-    for name, labels in clusters.items():
-        inside = labels >= 0
-        pairs = torch.stack([labels[inside], camids[inside]]).unique(dim=1)
-        counts[name] = pairs[0].bincount().bincount(minlength=2)[1:].numpy()
-    most = max(map(len, counts.values()))
-    fig = Figure(figsize=(7, 3.2), layout="constrained")
-    ax = fig.subplots()
-    width = 0.8 / len(counts)
-    for i, (name, number) in enumerate(counts.items()):
-        x = np.arange(1, len(number) + 1) + (i - (len(counts) - 1) / 2) * width
-        hatch = ("", "//", "..")[i % 3]
-        bars = ax.bar(x, number, width, color=PALETTE[i], ec="white", hatch=hatch)
-        bars.set_label(name)
-        ax.bar_label(bars, fontsize=10)
-    ax.set_xticks(range(1, most + 1))
+    fig, (ax,) = panels(1, columns=1, size=(7, 2.9))
+    width = 0.8 / len(clusters)
+    for i, (name, labels) in enumerate(clusters.items()):
+        cameras = split_by_camera(labels, camids).cluster.bincount()  # of each cluster
+        number = cameras.bincount(minlength=2)[1:].numpy()
+        x = np.arange(len(number)) + 1 + (i - (len(clusters) - 1) / 2) * width
+        style: Any = {"color": PALETTE[i], "hatch": HATCHES[i], "ec": "white"}
+        ax.bar_label(ax.bar(x, number, width, label=name, **style), fontsize=10)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="cameras in the cluster", ylabel="clusters (number)")
     ax.legend()
     return fig
@@ -589,7 +434,7 @@ def fates(epochs: Sequence[Tensor]) -> np.ndarray:
     return np.array(rows, dtype=np.int64).reshape(-1, len(FATES))
 
 
-@_styled
+@mpl.rc_context(STYLE)
 def cluster_flow(epochs: Sequence[Tensor]) -> Figure:
     """Draw how pictures move between clusters from epoch to epoch.
 
@@ -616,18 +461,15 @@ def cluster_flow(epochs: Sequence[Tensor]) -> Figure:
         raise ValueError("the last epoch has no cluster to follow")
     size = np.bincount(final[final >= 0])
     largest = np.argsort(-size, kind="stable")[: len(PALETTE)]
-    colours = np.array([to_rgb(c) for c in (*PALETTE, *GREYS, "white")])
+    shades = np.array([to_rgb(c) for c in (*PALETTE, *GREYS, "white")])
     which = len(PALETTE) + named % len(GREYS)
-    which[named < 0] = len(colours) - 1
-    for i, cluster in enumerate(largest):
-        which[named == cluster] = i
+    which[named < 0] = len(shades) - 1
     rows: list[int] = []
     ends = []
-    for cluster in largest:
+    for i, cluster in enumerate(largest):
+        which[named == cluster] = i
         members = (final == cluster).nonzero()[0]
-        members = (
-            members[np.lexsort(named[:-1, members])] if len(epochs) > 1 else members
-        )
+        members = members[np.lexsort(named[:, members])]
         some = np.linspace(0, len(members) - 1, min(len(members), 100)).astype(int)
         rows += members[some].tolist()
         ends.append(len(rows))
@@ -635,29 +477,17 @@ def cluster_flow(epochs: Sequence[Tensor]) -> Figure:
     n = len(epochs)
     fig = Figure(figsize=(8, 8), layout="constrained")
     top, bottom = fig.subplots(2, 1, sharex=True, height_ratios=(2, 3))
-    base = np.zeros(n - 1)
-    looks = ((BLUE, ""), (ORANGE, "//"), (GREEN, ".."), (VERMILLION, "xx"), (PALE, ""))
-    for label, count, (colour, hatch) in zip(
-        FATES, fates(epochs).T, looks, strict=True
-    ):
-        bars = top.bar(
-            range(1, n), count, 0.8, base, color=colour, hatch=hatch, ec="white"
-        )
-        bars.set_label(label)
-        base += count
+    counts = pd.DataFrame(fates(epochs), range(1, n), FATES)
+    stack(top.bar, counts, (BLUE, ORANGE, GREEN, VERMILLION, PALE))
     top.set(ylabel="all pictures (number)", xlim=(-0.5, n - 0.5))
     top.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
-    bottom.imshow(
-        colours[which[:, rows].T],
-        aspect="auto",
-        interpolation="nearest",
-        extent=(-0.5, n - 0.5, len(rows), 0),
-    )
-    bottom.hlines(ends[:-1], -0.5, n - 0.5, color="black", lw=1.5)
+    across = -0.5, n - 0.5
+    how: Any = {"aspect": "auto", "interpolation": "nearest"}
+    bottom.imshow(shades[which[:, rows].T], extent=(*across, len(rows), 0), **how)
+    bottom.hlines(ends[:-1], *across, color="black", lw=1.5)
     middle = [(a + b) / 2 for a, b in pairwise([0, *ends])]
     bottom.set_yticks(middle, [f"{c} ({size[c]})" for c in largest])
-    bottom.set_ylabel(f"largest of {len(size)} clusters (pictures)")
-    bottom.set_xlabel("epoch")
+    bottom.set(ylabel=f"largest of {len(size)} clusters (pictures)", xlabel="epoch")
     bottom.xaxis.set_major_locator(MaxNLocator(12, integer=True))
     return fig
 
@@ -694,104 +524,79 @@ def cluster_replay(
         Pictures of a label and camera at most: the first ones.
     between : int
         Frames between two epochs, in which the pictures move to their new places.
-
-    Raises
-    ------
-    ValueError
-        When there are no identities and no `labels`, or no label of 0 or more.
     """
     from o2cap.evaluation import clustering_quality  # seconds to import
 
     labels = images.pids if labels is None else labels
-    if labels is None or not bool((labels >= 0).any()):
-        raise ValueError("there is no label to make rows of: give labels")
+    assert labels is not None, "nobody knows the identities: give labels"
     pids = torch.full_like(labels, -1) if images.pids is None else images.pids
     shown = _most_seen(labels, images.camids, limit)
-    rows = []
-    for label in shown:
-        mine = (labels == label).nonzero().flatten()
-        cameras = images.camids[mine]
-        first = [mine[cameras == camera][:per_camera] for camera in cameras.unique()]
-        rows.append(torch.cat(first).tolist())
-    index = [i for row in rows for i in row]
-    pixels = _thumbnails(images, index, 64)
+    pictures = pd.DataFrame({"label": labels.numpy(), "camera": images.camids.numpy()})
+    pictures = pictures[pictures["label"].isin(shown)].groupby(["label", "camera"])
+    pictures = pictures.head(per_camera).sort_values(["label", "camera"])
+    pixels = thumbnails(images.select(torch.tensor(pictures.index.tolist())), 64)
+    pictures["order"] = range(len(pictures))
     _, tall, wide, _ = pixels.shape
     edge, gap, head, step = 60, 14, 44, tall + 42
-    block = head + len(rows) * step
+    top = {label: head + i * step + 20 for i, label in enumerate(shown)}
+    text, small = ImageFont.load_default(19), ImageFont.load_default(16)
 
-    # Where each picture stands, and what the headings say.
-    places: list[dict[tuple[str, int], tuple[int, int]]] = []
-    headings: list[list[str]] = []
-    for e in range(len(next(iter(runs.values())))):
-        places.append({})
-        headings.append([])
-        for r, (run, epochs) in enumerate(runs.items()):
-            found = clustering_quality(epochs[e], pids, images.camids)
+    def place(clusters: Tensor) -> pd.DataFrame:
+        """Give each picture its x: clusters by size, then outliers, each alone."""
+        now = pictures.assign(cluster=clusters.numpy()[pictures.index])
+        groups, inside = now.groupby(["label", "cluster"])["order"], now["cluster"] >= 0
+        now["size"] = -groups.transform("size").where(inside, 0)
+        now["group"] = groups.transform("min").where(inside, now["order"])
+        now = now.sort_values(["label", "size", "group", "order"])
+        gaps = (now["group"] != now["group"].shift()).groupby(now["label"]).cumsum() - 1
+        now["x"] = edge + wide * now.groupby("label").cumcount() + gap * gaps
+        return now
+
+    places = {run: [place(c) for c in epochs] for run, epochs in runs.items()}
+    right = max(now["x"].max() for film in places.values() for now in film) + wide + gap
+    size = (max(620, right), head + len(shown) * step)
+
+    def draw(words: str, now: pd.DataFrame, clusters: Tensor | None = None) -> Array:
+        """Draw the block of a run; with its clusters, their frames."""
+        block = Image.new("RGB", size, "white")
+        pen = ImageDraw.Draw(block)
+        pen.text((8, 14), words, "black", text)
+        for label, y in top.items():
+            pen.text((edge // 2, y + tall // 2), str(label), "black", text, "mm")
+        for one in now.itertuples():
+            x, y = round(one.x), top[one.label]
+            block.paste(Image.fromarray(pixels[one.order]), (x, y))
+            where = x + wide // 2, y + tall + 4
+            pen.text(where, str(one.camera), "black", small, "mt")
+        if clusters is None:
+            return np.asarray(block)
+        framed = now[now["cluster"] >= 0].groupby(["label", "cluster"])["x"]
+        for (label, cluster), x in framed:
+            others = int(((clusters == cluster) & (labels != label)).sum())
+            colour = VERMILLION if others else BLUE
+            left, right, y = x.min() - 3, x.max() + wide + 2, top[label]
+            pen.rectangle((left, y - 3, right, y + tall + 2), None, colour, 2)
+            if others:
+                box = (left - 3, y - 6, right + 3, y + tall + 5)
+                pen.rectangle(box, None, colour)
+                pen.text((left + 3, y - 6), f"+{others}", colour, small, "lb")
+        return np.asarray(block)
+
+    films = []
+    for run, epochs in runs.items():
+        film: list[Array] = []
+        for e, clusters in enumerate(epochs):
+            found = clustering_quality(clusters, pids, images.camids)
             words = f"{run}, epoch {e}: {found.clusters} clusters"
             if np.isfinite(found.ari):
                 words += f", ARI {found.ari:.2f}"
             if np.isfinite(found.cameras_per_cluster):
                 words += f", {found.cameras_per_cluster:.2f} cameras per cluster"
-            headings[e].append(words)
-            for i, row in enumerate(rows):
-                left, top = edge, r * block + head + i * step + 20
-                for group in _grouped(epochs[e], row):
-                    for picture in group:
-                        places[e][run, picture] = left, top
-                        left += wide
-                    left += gap
-    right = max(x for place in places for x, _ in place.values()) + wide + gap
-    size = (max(620, right), len(runs) * block)
-    font = font_manager.findfont("DejaVu Sans")
-    text, small = (ImageFont.truetype(font, points) for points in (17, 14))
-
-    def draw(e: int, share: float) -> Image.Image:
-        now = places[e]
-        if share:
-            eased, after = (3 - 2 * share) * share**2, places[e + 1]
-            now = {
-                k: (round(x + eased * (after[k][0] - x)), y)
-                for k, (x, y) in now.items()
-            }
-        frame = Image.new("RGB", size, "white")
-        pen = ImageDraw.Draw(frame)
-        for r, (run, epochs) in enumerate(runs.items()):
-            pen.text((8, r * block + 14), headings[e][r], "black", text)
-            for picture, array in zip(index, pixels, strict=True):
-                x, y = now[run, picture]
-                frame.paste(Image.fromarray(array), (x, y))
-                camera = str(int(images.camids[picture]))
-                pen.text((x + wide // 2, y + tall + 4), camera, "black", small, "mt")
-            for label, row in zip(shown, rows, strict=True):
-                y = now[run, row[0]][1]
-                pen.text((edge // 2, y + tall // 2), str(label), "black", text, "mm")
-                for group in _grouped(epochs[e], row):
-                    cluster = epochs[e][group[0]]
-                    if share or cluster < 0:
-                        continue
-                    x, end = now[run, group[0]][0], now[run, group[-1]][0] + wide
-                    box, bottom = (x - 3, y - 3, end + 2), y + tall
-                    others = int(((epochs[e] == cluster) & (labels != label)).sum())
-                    colour = VERMILLION if others else BLUE
-                    pen.rectangle((*box, bottom + 2), outline=colour, width=2)
-                    if others:
-                        box = (x - 6, y - 6, end + 5)
-                        pen.rectangle((*box, bottom + 5), outline=colour)
-                        pen.text((x, y - 6), f"+{others}", colour, small, "lb")
-        return frame
-
-    steps = (len(places) - 1) * (between + 1) + 1
-    return [
-        draw(i // (between + 1), i % (between + 1) / (between + 1))
-        for i in range(steps)
-    ]
-
-
-def _grouped(clusters: Tensor, pictures: Sequence[int]) -> list[list[int]]:
-    """Return the pictures by cluster, most first; outliers last, each alone."""
-    groups: dict[int, list[int]] = {}
-    for picture in pictures:
-        cluster = int(clusters[picture])
-        groups.setdefault(cluster if cluster >= 0 else ~picture, []).append(picture)
-    order = sorted(groups, key=lambda c: (c < 0, -len(groups[c]), groups[c]))
-    return [groups[c] for c in order]
+            now = places[run][e]
+            film.append(draw(words, now, clusters))
+            for after in places[run][e + 1 : e + 2]:
+                for share in np.arange(1, between + 1) / (between + 1):
+                    moved = (3 - 2 * share) * share**2 * (after["x"] - now["x"])
+                    film.append(draw(words, now.assign(x=now["x"] + moved)))
+        films.append(film)
+    return [Image.fromarray(np.vstack(blocks)) for blocks in zip(*films, strict=True)]

@@ -1,80 +1,50 @@
 """Results of many runs: statistics over seeds, tables, figures.
 
 A record is a JSON file that `o2cap reproduce` writes: what was run, where, and a row
-for every finished job. All numbers of a table come from such rows; a share (mAP,
-rank-k) is a fraction in them and a percentage everywhere here.
+for every finished job. Here it is a pandas frame with a line for each run. All numbers
+of tables and figures come from such frames; a table is a frame, too, whose cells are
+numbers or a :class:`Summary`.
 """
 
 from __future__ import annotations
 
-import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
-from scipy.special import stdtrit
+from pandas import DataFrame, Series
+from scipy import stats
 
 from o2cap.config import preset
 from o2cap.errors import InputError
 from o2cap.files import replacing
-from o2cap_book.figures import GREY, MARKERS, PALETTE, STYLE, Figure
-
-Row = Mapping[str, Any]
-Seeds = tuple[int, int]  # of the data, of the training
-
-METHODS = (
-    *("baseline", "intra", "offline", "online", "both"),
-    *("both+gem", "both+ibn", "both+ibn+gem", "supervised"),
+from o2cap_book.figures import (
+    GREY,
+    GREYS,
+    METHODS,
+    METRICS,
+    STYLE,
+    Figure,
+    curves,
+    legend,
+    look,
+    panels,
+    stack,
 )
+
 BEFORE = "before training"  # the warm start, or the pretrained weights
+SEEDS = ["data_seed", "seed"]
+RUN = ["dataset", "method", *SEEDS, "study", "value"]  # tells the lines apart
 
-# Name in a record: label, factor, digits.
-METRICS: dict[str, tuple[str, float, int]] = {
-    "mAP": ("mAP (%)", 100, 1),
-    "rank1": ("rank-1 (%)", 100, 1),
-    "rank5": ("rank-5 (%)", 100, 1),
-    "rank10": ("rank-10 (%)", 100, 1),
-    "mINP": ("mINP (%)", 100, 1),
-    "ari": ("ARI (0 to 1)", 1, 2),
-    "clusters": ("clusters", 1, 0),
-    "outliers": ("outliers (pictures)", 1, 0),
-    "cameras_per_cluster": ("cameras per cluster", 1, 2),
-}
-
-# mAP and rank-1 in percent, from the tables of results in the two public repositories,
-# Terminator8758/CAP-master and Terminator8758/O2CAP. "supervised" is CAP's upper bound.
-PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
-    "market1501": {
-        "CAP": (79.2, 91.4),
-        "both": (82.7, 92.5),
-        "both+ibn": (83.7, 93.1),
-        "both+ibn+gem": (85.0, 93.3),
-        "supervised": (85.1, 93.3),
-    },
-    "dukemtmcreid": {
-        "CAP": (67.3, 81.1),
-        "both": (71.2, 83.9),
-        "both+ibn": (72.8, 85.2),
-        "both+ibn+gem": (73.2, 85.3),
-        "supervised": (76.0, 87.7),
-    },
-    "msmt17": {
-        "CAP": (36.9, 67.4),
-        "both": (42.4, 72.0),
-        "both+ibn": (46.9, 75.5),
-        "both+ibn+gem": (48.3, 77.3),
-        "supervised": (53.7, 77.1),
-    },
-    "veri776": {"CAP": (40.6, 87.0)},
-}
+PUBLISHED = pd.read_csv(Path(__file__).with_name("published.csv"), comment="#")
 
 # What a study varies: label, and whether the axis is logarithmic.
 STUDIES: dict[str, tuple[str, bool]] = {
@@ -87,101 +57,88 @@ STUDIES: dict[str, tuple[str, bool]] = {
     "negatives": ("negatives (proxies)", True),
 }
 
+APART = ("strength", "cameras", "data_seed")  # more than one setting at a time
+
 # ------------------------------------------------------------------------------ reading
 
 
-@dataclass(frozen=True)
-class Record:
-    """What one target of the batch gave."""
+def read_record(path: Path) -> DataFrame:
+    """Read a record as a frame with a line for each run.
 
-    target: str
-    what: str
-    rows: list[Row]
-    failures: list[Row]
-    facts: dict[str, Any]
-    """Date, commit, versions, platform, device."""
-
-
-def read_record(path: Path) -> Record:
-    """Read a record and refuse what would make its statistics wrong.
+    Returns
+    -------
+    DataFrame
+        ``dataset``, ``method``, ``data_seed`` and ``seed`` of each run; ``study`` and
+        ``value`` where one setting was varied, else ``""`` and NaN; each metric of
+        :data:`~o2cap_book.figures.METRICS` after training, under its name and in its
+        unit (percent for shares), and before it as ``before.mAP`` and so on; NaN for
+        what was not measured. ``history`` holds the records of the epochs. All else in
+        a row stands under its path, such as ``seconds.train``. What is said of the
+        whole record (``target``, ``what``, ``failures``, ``device``, …) is in the
+        frame's ``attrs``.
 
     Raises
     ------
     InputError
-        When the file is missing or damaged, a row lacks what it needs, or two rows
-        are of the same run, which would count its seed twice.
+        When the file is missing or damaged, a row does not say of what run it is, or
+        two rows are of the same run, which would count its seed twice.
     """
+    about = _load(path)
     try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
-        rows, what = plain.pop("rows"), plain.pop("what")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        frame = pd.json_normalize(about.pop("rows"))
+        frame = frame.rename(columns=lambda c: re.sub(r"^(metrics|clusters)\.", "", c))
+        needed = [*RUN, *METRICS, *(f"before.{m}" for m in METRICS), "history"]
+        frame = frame.reindex(columns=frame.columns.union(needed, sort=False))
+        for name, metric in METRICS.items():
+            for when in (name, f"before.{name}"):
+                frame[when] = metric.factor * frame[when].astype(float)
+        if frame[["dataset", "method", "seed"]].isna().any(axis=None):
+            raise ValueError("a row lacks its dataset, method or seed")
+    except (KeyError, TypeError, ValueError, NotImplementedError) as error:
         raise InputError(f"{path} is no record of results ({error!r}).") from error
-    seen: dict[Any, int] = {}
-    for number, row in enumerate(rows, 1):
-        try:
-            run = (*_of(row), _seeds(row)[0], row.get("study"), row.get("value"))
-            metrics = row["metrics"].values()
-        except (KeyError, AttributeError, TypeError) as error:
-            raise InputError(f"{path}, row {number} is damaged ({error!r}).") from error
-        if not all(v is None or isinstance(v, int | float) for v in metrics):
-            raise InputError(f"{path}, row {number} has a metric that is no number.")
-        if run in seen:
-            raise InputError(
-                f"{path}, rows {seen[run]} and {number} are of the same run: "
-                "remove one of them."
-            )
-        seen[run] = number
-    target, failures = plain.pop("target", path.stem), plain.pop("failures", [])
-    return Record(target, what, rows, failures, plain)
+    frame["data_seed"] = frame["data_seed"].fillna(frame["seed"]).astype(int)
+    frame["study"] = frame["study"].astype(object).fillna("")
+    again = frame.duplicated(RUN)
+    if again.any():
+        raise InputError(
+            f"{path}, row {again.idxmax() + 1} is of the same run as one above it: "
+            "remove one of them."
+        )
+    frame.attrs = {"target": path.stem, "failures": [], "device": None, "commit": None}
+    frame.attrs |= about
+    return frame
 
 
-def read_results(folder: Path) -> list[Record]:
+def read_results(folder: Path) -> list[DataFrame]:
     """Read the records in a folder that hold results of the methods.
 
     Those are the files that name a ``target``; left out is what serves only to check
     the code (target ``check``).
     """
-    found = []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            plain = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path} is damaged ({error}).") from error
-        if plain.get("target", "check") != "check" and "rows" in plain:
-            found.append(read_record(path))
-    return found
+    paths = sorted(folder.glob("*.json"))
+    return [read_record(p) for p in paths if _load(p).get("target", "check") != "check"]
 
 
-def _seeds(row: Row) -> Seeds:
-    data = row.get("data_seed")
-    return (row["seed"] if data is None else data), row["seed"]
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} is missing or damaged ({error}).") from error
 
 
-def select(rows: Iterable[Row], **equal: Any) -> list[Row]:
-    """Return the rows with these entries; one that a row lacks counts as None."""
-    return [r for r in rows if all(r.get(k) == v for k, v in equal.items())]
-
-
-def with_defaults(rows: Sequence[Row], study: str) -> list[Row]:
-    """Return the rows of a study, those of the default value among them.
+def with_defaults(rows: DataFrame, study: str) -> DataFrame:
+    """Return the lines of a study, those of the default value among them.
 
     The study itself runs the other values; at the default it is the ablation, of
-    which the rows of the same methods, data set and seeds are taken.
+    which the lines of the same data set, methods and seeds are taken.
     """
-    own = select(rows, study=study)
-    there = {(*_of(r), r["value"]) for r in own}
-    wanted = {_of(r) for r in own}
+    own = rows[rows.study == study]
+    which = ["dataset", "method", "seed"]
+    usual = rows[rows.study == ""].merge(own[which].drop_duplicates())
     default = default_value(study)
-    added = []
-    for row in select(rows, study=None):
-        value = _seeds(row)[0] if default is None else default
-        if _of(row) in wanted and (*_of(row), value) not in there:
-            added.append({**row, "study": study, "value": value})
-    return own + added
-
-
-def _of(row: Row) -> tuple[str, str, int]:
-    return row["dataset"], row["method"], row["seed"]
+    usual["study"] = study
+    usual["value"] = usual.data_seed if default is None else default
+    return pd.concat([own, usual]).drop_duplicates([*which, "value"])
 
 
 def default_value(study: str) -> float | None:
@@ -194,21 +151,30 @@ def default_value(study: str) -> float | None:
     return next((getattr(p, study) for p in parts if hasattr(p, study)), None)
 
 
-def by_seed(
-    rows: Iterable[Row], method: str, metric: str = "mAP"
-) -> dict[Seeds, float]:
-    """Return a metric of each run of a method, by its seeds, in the unit of METRICS.
+def methods_in(rows: DataFrame) -> list[str]:
+    """Return the methods of the lines, in the order of tables and figures."""
+    there = set(rows.method)
+    known = [m for m in (BEFORE, *METHODS) if m in there]
+    return known + sorted(there - {*known})
 
-    For `BEFORE`, of the weights that ``both`` set out from.
+
+def by_seed(rows: DataFrame, metric: str = "mAP") -> DataFrame:
+    """Return a metric of each run: a column for each method, a line for each seed.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        Of one data set, and of one study or none.
+    metric : str
+        A name in :data:`~o2cap_book.figures.METRICS`.
+
+    Raises
+    ------
+    ValueError
+        When two runs of a method have the same place.
     """
-    factor = METRICS[metric][1]
-    found = {}
-    for row in select(rows, method="both" if method == BEFORE else method):
-        after = {**(row.get("clusters") or {}), **row["metrics"]}
-        value = ((row.get("before") or {}) if method == BEFORE else after).get(metric)
-        if value is not None and np.isfinite(value):
-            found[_seeds(row)] = factor * value
-    return found
+    wide = rows.pivot(index=SEEDS, columns="method", values=metric)
+    return wide[methods_in(rows)].dropna(axis=1, how="all")
 
 
 # --------------------------------------------------------------------------- statistics
@@ -226,7 +192,7 @@ class Summary:
     sd: float
     low: float
     high: float
-    above: int = 0
+    above: int
 
     def side(self) -> int:
         """Return 1 or −1 where the mean is surely above or below zero, else 0.
@@ -236,7 +202,7 @@ class Summary:
         """
         if self.n < 2:
             return 0
-        half = float(stdtrit(self.n - 1, 0.975)) * self.sd / self.n**0.5
+        half = stats.t.ppf(0.975, self.n - 1) * self.sd / self.n**0.5
         if min(self.low, self.mean - half) > 0:
             return 1
         return -1 if max(self.high, self.mean + half) < 0 else 0
@@ -252,12 +218,12 @@ class Summary:
 
 
 def bootstrap_interval(
-    values: Iterable[float], confidence: float = 0.95, resamples: int = 10_000
+    values: Iterable[float], resamples: int = 10_000
 ) -> tuple[float, float]:
     """Interval of the mean: percentiles of the means of resampled values.
 
     Few values give too short an interval, since a resample never leaves their range:
-    with three it *is* the range, with five it holds the true mean in about 82 % of
+    with three it *is* the range, with five it holds the true mean in about 84 % of
     all cases, with ten in about 90 %, instead of 95 %. Drawn by a fixed seed.
 
     Returns
@@ -270,65 +236,61 @@ def bootstrap_interval(
     v = np.fromiter(values, float)
     if len(v) < 2:
         return np.nan, np.nan
-    drawn = np.random.default_rng(0).integers(len(v), size=(resamples, len(v)))
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(v[drawn].mean(1), [tail, 1 - tail])
+    rng = np.random.default_rng(0)
+    low, high = stats.bootstrap(
+        (v,), np.mean, n_resamples=resamples, method="percentile", random_state=rng
+    ).confidence_interval
     return float(low), float(high)
 
 
-def summarise(values: Iterable[float]) -> Summary:
-    """Return mean, standard deviation (n − 1) and bootstrap interval of the mean."""
-    v = np.fromiter(values, float)
-    if not len(v):
-        raise ValueError("there are no values to summarise")
-    sd = float(v.std(ddof=1)) if len(v) > 1 else np.nan
+def summarise(values: Iterable[float]) -> Summary | None:
+    """Return mean, standard deviation (n − 1) and bootstrap interval of the mean.
+
+    NaN counts as not measured; None where nothing was.
+    """
+    v = Series(list(values), dtype=float).dropna()
+    if v.empty:
+        return None
     interval = bootstrap_interval(v)
-    return Summary(len(v), float(v.mean()), sd, *interval, int((v > 0).sum()))
+    return Summary(len(v), v.mean(), v.std(), *interval, int((v > 0).sum()))
 
 
-def paired_difference(
-    a: Mapping[Seeds, float], b: Mapping[Seeds, float]
-) -> Summary | None:
+def paired_difference(a: Series, b: Series) -> Summary | None:
     """Summarise a − b over the seeds that both have; None where there is no such.
 
     The two of a seed saw the same pictures, so what makes a data set easy or hard
     drops out of the difference.
 
+    Parameters
+    ----------
+    a, b : Series
+        By seed, such as two columns of :func:`by_seed`.
+
     Book: :eq:`paired_difference`
     """
-    both = a.keys() & b.keys()
-    return summarise(a[s] - b[s] for s in sorted(both)) if both else None
+    return summarise(a - b)
 
 
-def in_words(a: str, b: str, difference: Summary | None, of: str = "mAP") -> str:
-    """Say what a paired difference a − b in percentage points allows to be said."""
+def in_words(a: str, b: str, difference: Summary | None) -> str:
+    """Say what a paired difference a − b in points of mAP allows to be said."""
     if difference is None:
         return f"{a} and {b} were not run on the same seeds."
     d = difference
-    if d.n == 1:
-        return (
-            f"On the one seed that was run, {a} is {abs(d.mean):.1f} points of {of} "
-            f"{'above' if d.mean > 0 else 'below'} {b}; one seed allows no conclusion."
-        )
-    numbers = (
-        f"({d.low:+.1f} to {d.high:+.1f} at 95 %; {a} is the higher in {d.above} of "
-        f"{d.n} seeds)"
-    )
     side = "above" if d.mean > 0 else "below"
+    points = f"{a} is {abs(d.mean):.1f} points of mAP {side} {b}"
+    if d.n == 1:
+        return f"On the one seed that was run, {points}; one seed allows no conclusion."
+    interval = f"{d.low:+.1f} to {d.high:+.1f} at 95 %"
+    numbers = f"({interval}; {a} is the higher in {d.above} of {d.n} seeds)"
     if d.side():
-        return f"{a} is {abs(d.mean):.1f} points of {of} {side} {b} {numbers}."
+        return f"{points} {numbers}."
     if d.low > 0 or d.high < 0:
-        return (
-            f"On average {a} is {abs(d.mean):.1f} points of {of} {side} {b}, which so "
-            f"few seeds do not settle {numbers}."
-        )
-    return (
-        f"Between {a} and {b} no difference is shown: {d.mean:+.1f} points of {of} "
-        f"{numbers}."
-    )
+        return f"On average {points}, which so few seeds do not settle {numbers}."
+    shown = f"no difference is shown: {d.mean:+.1f} points of mAP"
+    return f"Between {a} and {b} {shown} {numbers}."
 
 
-def variance_components(values: Mapping[Seeds, float]) -> tuple[float, float]:
+def variance_components(values: Series) -> tuple[float, float]:
     """Split the variance into that of the data seed and that of the training seed.
 
     One-way analysis of variance with the data seed as a random factor. The variance
@@ -337,9 +299,9 @@ def variance_components(values: Mapping[Seeds, float]) -> tuple[float, float]:
 
     Parameters
     ----------
-    values : mapping
-        By data seed and training seed; at least two data seeds, and one of them with
-        two training seeds.
+    values : Series
+        By data seed and training seed, such as a column of :func:`by_seed`; at least
+        two data seeds, and one of them with two training seeds.
 
     Returns
     -------
@@ -353,439 +315,312 @@ def variance_components(values: Mapping[Seeds, float]) -> tuple[float, float]:
 
     Book: :eq:`variance_components`
     """
-    groups: dict[int, list[float]] = {}
-    for (data, _), value in values.items():
-        groups.setdefault(data, []).append(value)
-    n, k = len(values), len(groups)
+    groups = values.groupby(level=0)
+    size, means = groups.count(), groups.mean()
+    n, k = size.sum(), len(size)
     if k < 2 or n == k:
         raise ValueError("too few data seeds, or one training seed in each")
-    size = np.array([len(g) for g in groups.values()])
-    means = np.array([np.mean(g) for g in groups.values()])
-    grand = np.mean(list(values.values()))
-    inside = sum(((np.array(g) - np.mean(g)) ** 2).sum() for g in groups.values())
+    inside = ((values - groups.transform("mean")) ** 2).sum()
     training = float(inside / (n - k))
-    between = float((size * (means - grand) ** 2).sum() / (k - 1))
+    between = float((size * (means - values.mean()) ** 2).sum() / (k - 1))
     typical = (n - (size**2).sum() / n) / (k - 1)
     return max(0.0, (between - training) / typical), training
 
 
 # ------------------------------------------------------------------------------- tables
 
-Cell = str | int | float | Summary | None
+LABELS = {name: metric.label for name, metric in METRICS.items()}
+PAIRS = (
+    *(("offline", "baseline"), ("online", "baseline"), ("both", "baseline")),
+    *(("online", "offline"), ("both", "offline"), ("both", "online")),
+    *(("intra", "baseline"), ("offline", "intra"), ("both", "intra")),
+    *(("both+gem", "both"), ("both+ibn", "both"), ("both+ibn+gem", "both")),
+    ("supervised", "both"),
+)
+EPOCHS = ["mAP", "ari", "cameras_per_cluster"]  # over the epochs
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table: cells hold numbers, and an empty one what was not measured."""
+def markdown(table: DataFrame) -> str:
+    """Return a table in Markdown; a summary becomes mean ± s.d. (interval)."""
+    digits = {metric.label: metric.digits for metric in METRICS.values()}
 
-    name: str
-    caption: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
+    def text(cell: Any, column: str) -> str:
+        if isinstance(cell, Summary):
+            return cell.text(digits.get(column, 1))
+        if pd.isna(cell):
+            return ""
+        if isinstance(cell, float):
+            unit = column.endswith(("(%)", "(points)", "(s)"))
+            return f"{cell:.1f}" if unit else f"{cell:g}"
+        return str(cell)
 
-    def markdown(self, columns: Sequence[str] | None = None) -> str:
-        """Return the table, or some columns of it, in Markdown.
-
-        A summary becomes mean ± s.d. (interval).
-        """
-        chosen = [self.header.index(name) for name in columns or self.header]
-        lines = [[self.header[i] for i in chosen], ["---"] * len(chosen)]
-        lines += [[_text(row[i], self.header[i]) for i in chosen] for row in self.rows]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-    def csv(self) -> str:
-        """Return the table as CSV, the parts of a summary in columns of their own."""
-        cells = list(zip(*self.rows, strict=True))
-        parts = ("n", "mean", "sd", "low", "high")
-        columns: list[tuple[str, list[Any]]] = []
-        for name, column in zip(self.header, cells, strict=False):
-            if any(isinstance(c, Summary) for c in column):
-                for part in parts:
-                    values = [getattr(c, part) if c else "" for c in column]
-                    columns.append((f"{name} {part}", values))
-            else:
-                columns.append((name, ["" if c is None else c for c in column]))
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(name for name, _ in columns)
-        writer.writerows(zip(*(values for _, values in columns), strict=True))
-        return text.getvalue()
+    lines: list[Iterable[str]] = [table.columns, ["---"] * len(table.columns)]
+    for row in table.itertuples(index=False):
+        lines.append(map(text, row, table.columns))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-_DIGITS = {label: digits for label, _, digits in METRICS.values()}
-_UNITS = ("(%)", "(points)", "(s)")  # shown with one digit
+def csv(table: DataFrame) -> str:
+    """Return a table as CSV, the parts of a summary in columns of their own."""
+    parts = []
+    for name, column in table.items():
+        found = spread(column)
+        parts.append(found.add_prefix(f"{name} ") if found["n"].any() else column)
+    return pd.concat(parts, axis=1).to_csv(index=False, lineterminator="\n")
 
 
-def _text(cell: Cell, column: str) -> str:
-    if cell is None:
-        return ""
-    if isinstance(cell, Summary):
-        return cell.text(_DIGITS.get(column, 1))
-    if isinstance(cell, float):
-        return f"{cell:.1f}" if column.endswith(_UNITS) else f"{cell:g}"
-    return str(cell)
+def spread(cells: Series) -> DataFrame:
+    """Return the parts of summaries: n, mean, sd, low, high; NaN for None."""
+    parts = [asdict(cell) if isinstance(cell, Summary) else {} for cell in cells]
+    columns = ["n", "mean", "sd", "low", "high"]
+    return DataFrame(parts, cells.index, columns).astype({"n": "Int64"})
 
 
-def methods_in(rows: Iterable[Row]) -> list[str]:
-    """Return the methods of the rows, in the order of tables and figures."""
-    there = {r["method"] for r in rows}
-    return [m for m in METHODS if m in there] + sorted(there - set(METHODS))
+def with_start(rows: DataFrame) -> DataFrame:
+    """Add lines of a method `BEFORE`: the weights that ``both`` set out from."""
+    start = rows[rows.method == "both"].copy()
+    start["method"] = BEFORE
+    start[list(METRICS)] = start[[f"before.{m}" for m in METRICS]]
+    return pd.concat([start, rows])
 
 
-def _values_of(rows: Iterable[Row]) -> list[float]:
-    return sorted({r["value"] for r in rows})
-
-
-def _cell(rows: Iterable[Row], method: str, metric: str) -> Summary | None:
-    found = by_seed(rows, method, metric)
-    return summarise(found.values()) if found else None
-
-
-def ablation_table(rows: Sequence[Row], name: str = "ablation") -> Table:
+def ablation_table(rows: DataFrame) -> DataFrame:
     """Every metric of every method: the paper's ablation, over seeds."""
-    metrics = [m for m in METRICS if any(by_seed(rows, k, m) for k in methods_in(rows))]
-    lines: list[list[Cell]] = []
-    for method in (BEFORE, *methods_in(rows)):
-        cells = [_cell(rows, method, m) for m in metrics]
-        if any(cells):
-            n = max(c.n for c in cells if c)
-            lines.append([method, n, *cells])
-    header = ["method", "seeds", *(METRICS[m][0] for m in metrics)]
-    return Table(name, f"{_names(rows)}: mean ± s.d. (95 % interval)", header, lines)
+    rows = with_start(rows)
+    runs = rows.groupby("method")[list(METRICS)]
+    table = runs.agg(summarise).dropna(axis=1, how="all")
+    table.insert(0, "seeds", runs.count().max(axis=1))
+    table = table.loc[methods_in(rows)]
+    return table[table.seeds > 0].rename(columns=LABELS).reset_index()
 
 
-def paired_table(rows: Sequence[Row], name: str = "paired") -> Table:
+def paired_table(rows: DataFrame) -> DataFrame:
     """Differences of mAP between methods, paired by seed."""
-    present = methods_in(rows)
-    pairs = [("offline", "baseline"), ("online", "baseline"), ("both", "baseline")]
-    pairs += [("online", "offline"), ("both", "offline"), ("both", "online")]
-    pairs += [("intra", "baseline"), ("offline", "intra"), ("both", "intra")]
-    pairs += [("both+gem", "both")]
-    pairs += [("both+ibn", "both"), ("both+ibn+gem", "both"), ("supervised", "both")]
-    lines: list[list[Cell]] = []
-    for a, b in pairs:
-        if a in present and b in present:
-            difference = paired_difference(by_seed(rows, a), by_seed(rows, b))
-            if difference:
-                counted = f"{difference.above} of {difference.n}"
-                lines.append([f"{a} − {b}", difference, counted])
-    header = ["difference", "mAP (points)", "seeds above 0"]
-    return Table(name, f"{_names(rows)}: differences, paired by seed", header, lines)
+    runs = by_seed(rows)
+    lines = []
+    for a, b in PAIRS:
+        if {a, b} <= {*runs} and (d := paired_difference(runs[a], runs[b])):
+            lines.append([f"{a} − {b}", d, f"{d.above} of {d.n}"])
+    return DataFrame(lines, columns=["difference", "mAP (points)", "seeds above 0"])
 
 
-def gain_table(rows: Sequence[Row], study: str) -> Table:
+def gain_table(rows: DataFrame, study: str) -> DataFrame:
     """A study over methods: mAP of each, and the paired gain over the baseline.
 
     Parameters
     ----------
-    rows : sequence of dict
-        Of the study, as from `with_defaults`.
+    rows : DataFrame
+        Of the study, as from :func:`with_defaults`.
     study : str
         ``strength`` or ``cameras``.
     """
-    methods = methods_in(rows)
-    others = [m for m in methods if m != "baseline"]
-    lines: list[list[Cell]] = []
-    for value in _values_of(rows):
-        here = select(rows, value=value)
-        base = by_seed(here, "baseline")
-        line: list[Cell] = [value, *(_cell(here, m, "mAP") for m in methods)]
-        line += [paired_difference(by_seed(here, m), base) for m in others]
-        lines.append(line)
-    header = [study, *(f"{m}, mAP (%)" for m in methods)]
-    header += [f"{m} − baseline (points)" for m in others]
-    return Table(study, f"{_names(rows)}: {STUDIES[study][0]}", header, lines)
+    runs = rows.pivot(index=["value", *SEEDS], columns="method", values="mAP")
+    runs = runs[methods_in(rows)]
+    others = runs.drop(columns="baseline", errors="ignore")
+    gains = others.sub(runs.get("baseline", np.nan), axis=0)
+    columns = [runs.add_suffix(GAINS[0]), gains.add_suffix(GAINS[1])]
+    table = pd.concat(columns, axis=1).groupby("value").agg(summarise)
+    return table.rename_axis(study).reset_index()
 
 
-def sensitivity_table(studies: Mapping[str, Sequence[Row]]) -> Table:
+GAINS = (", mAP (%)", " − baseline (points)")
+
+
+def sensitivity_table(rows: DataFrame) -> DataFrame:
     """Each value of each setting, and what it changes, paired by seed.
 
     Parameters
     ----------
-    studies : mapping
-        The rows of each study, as from `with_defaults`.
+    rows : DataFrame
+        Of one study or several, as from :func:`with_defaults`.
     """
-    lines: list[list[Cell]] = []
-    for study, rows in studies.items():
-        for method, value in product(methods_in(rows), _values_of(rows)):
-            here = select(rows, value=value)
-            usual = by_seed(select(rows, value=default_value(study)), method)
-            change = paired_difference(by_seed(here, method), usual)
-            is_usual = value == default_value(study)
-            cells = [_cell(here, method, m) for m in ("mAP", "ari")]
-            lines.append([study, value, method, *cells, None if is_usual else change])
-    header = ["setting", "value", "method", METRICS["mAP"][0], METRICS["ari"][0]]
+    lines = []
+    for (study, method), runs in rows.groupby(["study", "method"], sort=False):
+        usual = default_value(study)
+        before = runs[runs.value == usual].set_index(SEEDS)["mAP"]
+        for value, part in runs.groupby("value"):
+            change = paired_difference(part.set_index(SEEDS)["mAP"], before)
+            line = [
+                study,
+                value,
+                method,
+                summarise(part["mAP"]),
+                summarise(part["ari"]),
+            ]
+            lines.append([*line, change if value != usual else None])
+    header = ["setting", "value", "method", LABELS["mAP"], LABELS["ari"]]
     header.append("mAP − at the usual value (points)")
-    return Table("sensitivity", "One setting at a time", header, lines)
+    return DataFrame(lines, columns=header)
 
 
-def seeds_table(rows: Sequence[Row]) -> Table:
+def seeds_table(rows: DataFrame) -> DataFrame:
     """Effect of the data seed and of the training seed on mAP, as s.d. in points."""
-    lines: list[list[Cell]] = []
-    for method in methods_in(rows):
-        found = by_seed(rows, method)
+    lines = []
+    for method, runs in by_seed(rows).items():
+        runs = runs.dropna()
         try:
-            data, training = variance_components(found)
+            components = variance_components(runs)
         except ValueError:
             continue  # not enough runs of this method
-        seeds = len({d for d, _ in found}), len({s for _, s in found})
-        lines.append([method, *seeds, len(found), data**0.5, training**0.5])
+        counts = [runs.index.unique(level).size for level in SEEDS]
+        lines.append([method, *counts, len(runs), *np.sqrt(components)])
     header = ["method", "data seeds", "training seeds", "runs"]
     header += ["s.d. by data (points)", "s.d. by training (points)"]
-    caption = f"{_names(rows)}: what a seed changes in mAP"
-    return Table("data_seed", caption, header, lines)
+    return DataFrame(lines, columns=header)
 
 
-def convergence_table(rows: Sequence[Row], name: str = "convergence") -> Table:
+def convergence_table(rows: DataFrame) -> DataFrame:
     """mAP, ARI and cameras per cluster after each epoch."""
-    lines: list[list[Cell]] = []
-    for method in methods_in(rows):
-        curves = {m: convergence(rows, method, m) for m in _CURVES}
-        for epoch in sorted(set().union(*curves.values())):
-            line = [curves[m].get(epoch) for m in _CURVES]
-            lines.append([method, epoch, *line])
-    header = ["method", "epoch", *(METRICS[m][0] for m in _CURVES)]
-    return Table(name, f"{_names(rows)}: after each epoch", header, lines)
+    each = rows[["method", "history"]].explode("history").dropna()
+    epochs = DataFrame(each["history"].tolist(), columns=["epoch", *EPOCHS])
+    epochs[EPOCHS] = epochs[EPOCHS].astype(float)
+    epochs["mAP"] *= METRICS["mAP"].factor
+    table = epochs.groupby([each["method"].array, "epoch"])[EPOCHS].agg(summarise)
+    table = table.rename_axis(["method", "epoch"]).dropna(how="all")
+    return table.loc[methods_in(each)].rename(columns=LABELS).reset_index()
 
 
-_CURVES = ("mAP", "ari", "cameras_per_cluster")
-
-
-def convergence(rows: Iterable[Row], method: str, metric: str) -> dict[int, Summary]:
-    """Summarise a metric over seeds, epoch by epoch (the first is number 0)."""
-    found: dict[int, list[float]] = {}
-    for row in select(rows, method=method):
-        for record in row.get("history") or ():
-            value = record.get(metric)
-            if value is not None and np.isfinite(value):
-                found.setdefault(record["epoch"], []).append(METRICS[metric][1] * value)
-    return {epoch: summarise(found[epoch]) for epoch in sorted(found)}
-
-
-def cost_table(rows: Sequence[Row], name: str = "cost") -> Table:
+def cost_table(rows: DataFrame) -> DataFrame:
     """Seconds of each stage of a run, medians over seeds."""
-    stages = list(dict.fromkeys(s for r in rows for s in r.get("seconds") or ()))
-    lines: list[list[Cell]] = []
-    for method in methods_in(rows):
-        taken = [r["seconds"] for r in select(rows, method=method) if r.get("seconds")]
-        line: list[Cell] = [method, len(taken)]
-        for stage in stages:
-            known = [t[stage] for t in taken if t.get(stage) is not None]
-            line.append(float(np.median(known)) if known else None)
-        if taken:
-            lines.append(line)
-    header = ["method", "runs", *(f"{s} (s)" for s in stages)]
-    return Table(name, f"{_names(rows)}: seconds of a run, medians", header, lines)
+    seconds = rows.filter(regex=r"^seconds\.").dropna(axis=1, how="all")
+    runs = seconds.astype(float).groupby(rows["method"])
+    table = runs.median().rename(columns=lambda c: f"{c.removeprefix('seconds.')} (s)")
+    table.insert(0, "runs", runs.count().max(axis=1))
+    table = table.loc[methods_in(rows)]
+    return table[table.runs > 0].reset_index()
 
 
-def published_table(rows: Sequence[Row]) -> Table:
+def published_table(rows: DataFrame) -> DataFrame:
     """Published numbers beside ours; what was not run stays empty."""
-    lines: list[list[Cell]] = []
-    for dataset, published in PUBLISHED.items():
-        own = select(rows, dataset=dataset, study=None)
-        names = [m for m in METHODS if m in published or m in methods_in(own)]
-        for method in ("CAP", *names):
-            numbers: Sequence[Cell] = published.get(method, (None, None))
-            ours = [_cell(own, method, m) for m in ("mAP", "rank1")]
-            lines.append([dataset, method, *numbers, *ours])
-    header = ["data set", "method", "published mAP (%)", "published rank-1 (%)"]
-    header += ["ours, mAP (%)", "ours, rank-1 (%)"]
-    return Table("published", "Published numbers, and this code's", header, lines)
+    which = ["dataset", "method"]
+    ours = rows[(rows.study == "") & rows.dataset.isin(PUBLISHED["dataset"])]
+    ours = ours.groupby(which)[["mAP", "rank1"]].agg(summarise).reset_index()
+    names = [*PUBLISHED["dataset"].unique(), "CAP", *METHODS, *ours["method"]]
+    table = PUBLISHED.merge(ours, "outer", which)
+    table = table.sort_values(which, key=lambda column: column.map(names.index))
+    ours_too = {"mAP": "ours, mAP (%)", "rank1": "ours, rank-1 (%)"}
+    return table.rename(columns={"dataset": "data set"} | ours_too)
 
 
-def failures_table(records: Iterable[Record]) -> Table:
+def failures_table(records: Iterable[DataFrame]) -> DataFrame:
     """Every job that failed; and per record how many did."""
-    lines: list[list[Cell]] = []
+    lines = []
     for record in records:
-        total = len(record.rows) + len(record.failures)
-        counted = f"{len(record.failures)} of {total} failed"
-        lines.append([record.target, counted, None])
-        for failure in record.failures:
+        target, failures = record.attrs["target"], record.attrs["failures"]
+        counted = f"{len(failures)} of {len(record) + len(failures)} failed"
+        lines.append([target, counted, None])
+        for failure in failures:
             error = " ".join(str(failure.get("error", "")).split())[:200]
-            lines.append([record.target, failure.get("job", "?"), error])
-    return Table("failures", "Jobs that failed", ["record", "job", "error"], lines)
-
-
-def _names(rows: Iterable[Row]) -> str:
-    return ", ".join(sorted({r["dataset"] for r in rows}))
+            lines.append([target, failure.get("job", "?"), error])
+    return DataFrame(lines, columns=["record", "job", "error"])
 
 
 # ------------------------------------------------------------------------------ figures
 
 
-def _look(method: str) -> dict[str, Any]:
-    """Colour and marker of a method, the same in every figure."""
-    if method not in METHODS:
-        return {"color": GREY, "marker": "x"}
-    i = METHODS.index(method)
-    return {"color": PALETTE[i % len(PALETTE)], "marker": MARKERS[i % len(MARKERS)]}
-
-
-def _interval(ax: Axes, x: float, s: Summary, **look: Any) -> None:
-    low, high = max(0, s.mean - s.low), max(0, s.high - s.mean)
-    error = [[low], [high]] if s.n > 1 else None
-    ax.errorbar(x, s.mean, error, capsize=4, **look)
+def intervals(ax: Axes, x: Any, cells: Series, **style: Any) -> None:
+    """Draw means and their 95 % intervals."""
+    found = spread(cells)
+    error = np.array([found["mean"] - found.low, found.high - found["mean"]])
+    style = {"capsize": 4, "elinewidth": 1.5} | style
+    ax.errorbar(x, found["mean"], error.clip(0), **style)
 
 
 @mpl.rc_context(STYLE)
-def ablation_figure(rows: Sequence[Row], metric: str = "mAP") -> Figure:
-    """Draw each method's runs as dots, a thin line through those of one seed.
+def ablation_figure(rows: DataFrame) -> Figure:
+    """Draw each method's mAP: a dot a run, a thin line through those of one seed.
 
     Beside the dots stand the mean and its 95 % interval.
     """
-    named = [BEFORE, *methods_in(rows)]
-    found = {m: by_seed(rows, m, metric) for m in named}
-    found = {m: v for m, v in found.items() if v}
-    fig = Figure(figsize=(7, 3.8), layout="constrained")
-    ax = fig.subplots()
-    for seed in sorted(set().union(*found.values())):
-        line = [(x, v[seed]) for x, v in enumerate(found.values()) if seed in v]
-        ax.plot(*zip(*line, strict=True), color="#C4C4C4", lw=0.8, zorder=1)
-    for x, (method, values) in enumerate(found.items()):
-        look = _look(method)
-        ax.plot([x] * len(values), list(values.values()), ls="", alpha=0.7, **look)
-        _interval(ax, x + 0.25, summarise(values.values()), color="black", marker="_")
-    ax.set_xticks(range(len(found)), [m.replace(" ", "\n") for m in found])
-    if len(found) > 6:
-        ax.tick_params("x", rotation=30)
-    ax.set_xlim(-0.5, len(found) - 0.3)
-    ax.set_ylabel(METRICS[metric][0])
-    ax.set_ylim(bottom=0)
+    runs = by_seed(with_start(rows))
+    place = np.arange(len(runs.columns))
+    fig, (ax,) = panels(1, columns=1, size=(7, 3.5))
+    for _, run in runs.iterrows():
+        there = run.notna()
+        ax.plot(place[there], run[there], color=GREYS[2], lw=0.8, zorder=1)
+    for x, (method, values) in enumerate(runs.items()):
+        ax.plot([x] * len(values), values, ls="", alpha=0.7, **look(method))
+    style = {"color": "black", "marker": "_", "ls": ""}
+    intervals(ax, place + 0.25, runs.apply(summarise), **style)
+    ax.set_xticks(place, [m.replace(" ", "\n") for m in runs])
+    ax.tick_params("x", rotation=30 if len(place) > 6 else 0)
+    ax.set(xlim=(-0.5, len(place) - 0.3), ylim=(0, None), ylabel="mAP (%)")
     return fig
 
 
 @mpl.rc_context(STYLE)
-def gain_figure(rows: Sequence[Row], study: str = "strength") -> Figure:
+def gain_figure(rows: DataFrame, study: str = "strength") -> Figure:
     """Draw mAP over a study's values, and beside it the paired gain over the baseline.
 
     Bars are 95 % intervals over seeds.
     """
-    methods = methods_in(rows)
-    fig = Figure(figsize=(7, 3.6), layout="constrained")
-    left, right = fig.subplots(1, 2)
-    values = _values_of(rows)
-    step = 0.02 * (values[-1] - values[0])  # side by side, not one upon another
-    for i, method in enumerate(methods):
-        shift = (i - (len(methods) - 1) / 2) * step
-        for ax in (left, right):
-            points = []
-            for value in values:
-                here = select(rows, value=value)
-                own, base = by_seed(here, method), by_seed(here, "baseline")
-                point = paired_difference(own, base if ax is right else {})
-                if ax is left and own:
-                    point = summarise(own.values())
-                if point and (ax is left or method != "baseline"):
-                    points.append((value + shift, point))
-                    _interval(ax, value + shift, point, **_look(method))
-            line = [(x, p.mean) for x, p in points]
-            if line:
-                color = _look(method)["color"]
-                ax.plot(*zip(*line, strict=True), color=color, lw=1)
-    for ax in (left, right):
-        ax.set_xlabel(STUDIES[study][0])
-        ax.set_xticks(values)
-    left.set_ylabel("mAP (%)")
-    left.set_ylim(bottom=0)
-    right.set_ylabel("gain over baseline (points)")
-    right.axhline(0, color=GREY, lw=1, ls="--")
-    _legend(fig, methods)
+    table, methods = gain_table(rows, study), methods_in(rows)
+    values = table[study]
+    step = 0.02 * (values.max() - values.min())  # side by side, not one upon another
+    fig, axes = panels(2, columns=2, size=(3.5, 3.3))
+    for ax, what in zip(axes, GAINS, strict=True):
+        for i, method in enumerate(methods):
+            if method + what in table:
+                known = table.dropna(subset=[method + what])
+                x = known[study] + (i - (len(methods) - 1) / 2) * step
+                intervals(ax, x, known[method + what], lw=1, **look(method))
+        ax.set(xlabel=STUDIES[study][0], xticks=values)
+    axes[0].set(ylabel="mAP (%)", ylim=(0, None))
+    axes[1].set_ylabel("gain over baseline (points)")
+    axes[1].axhline(0, color=GREY, lw=1, ls="--")
+    legend(fig, methods)
     return fig
 
 
 @mpl.rc_context(STYLE)
-def convergence_figure(rows: Sequence[Row]) -> Figure:
+def convergence_figure(rows: DataFrame) -> Figure:
     """Draw mAP, ARI and cameras per cluster over the epochs, 95 % bands over seeds."""
-    methods = methods_in(rows)
-    fig = Figure(figsize=(7, 3.4), layout="constrained")
-    for ax, metric in zip(fig.subplots(1, len(_CURVES)), _CURVES, strict=True):
-        for method in methods:
-            curve = convergence(rows, method, metric)
-            x = list(curve)
-            look = _look(method)
-            ax.plot(x, [s.mean for s in curve.values()], markersize=4, **look)
-            low, high = ([getattr(s, k) for s in curve.values()] for k in _ENDS)
-            ax.fill_between(x, low, high, color=look["color"], alpha=0.2, lw=0)
-        ax.set_title(METRICS[metric][0])
-        ax.set_xlabel("epoch")
-        ax.set_ylim(bottom=0)
-        ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    _legend(fig, methods)
-    return fig
-
-
-_ENDS = ("low", "high")
+    table = convergence_table(rows).set_index(["method", "epoch"])
+    mean, *ends = (
+        DataFrame({label: spread(cells)[part] for label, cells in table.items()})
+        for part in ("mean", "low", "high")
+    )
+    return curves(mean, size=(7 / 3, 3.1), ends=ends)
 
 
 @mpl.rc_context(STYLE)
-def sensitivity_figure(studies: Mapping[str, Sequence[Row]]) -> Figure:
+def sensitivity_figure(rows: DataFrame) -> Figure:
     """Draw mAP over the values of each setting: dots for seeds, a line for the mean.
 
     A dotted line marks the value that is used everywhere else.
     """
-    columns = min(3, len(studies))
-    lines = -(-len(studies) // columns)
-    fig = Figure(figsize=(7, 2.5 * lines + 0.2), layout="constrained")
-    axes = fig.subplots(lines, columns, squeeze=False, sharey=True).flatten()
-    for ax, (study, rows) in zip(axes, studies.items(), strict=False):
-        for method in methods_in(rows):
-            look = _look(method)
-            means = []
-            for value in _values_of(rows):
-                found = by_seed(select(rows, value=value), method)
-                ax.plot([value] * len(found), list(found.values()), ls="", **look)
-                if found:
-                    means.append((value, summarise(found.values()).mean))
-            if means:
-                ax.plot(*zip(*means, strict=True), color=look["color"], lw=1)
+    studies = list(rows.groupby("study", sort=False))
+    fig, axes = panels(len(studies), columns=3, size=(7 / 3, 2.5), sharey=True)
+    for ax, (study, part) in zip(axes, studies, strict=True):
+        for method, runs in part.groupby("method"):
+            ax.plot(runs.value, runs.mAP, ls="", **look(method))
+            mean = runs.groupby("value").mAP.mean()
+            ax.plot(mean, color=look(method)["color"], lw=1)
         label, logarithmic = STUDIES[study]
-        if logarithmic:
-            ax.set_xscale("log")
-        values = _values_of(rows)
+        ax.set_xscale("log" if logarithmic else "linear")
+        values = sorted(part.value.unique())
         ax.set_xticks(values, [f"{v:g}" for v in values], minor=False)
         ax.minorticks_off()
-        ax.axvline(default_value(study), color=GREY, lw=1, ls=":")
+        ax.axvline(default_value(study) or 0, color=GREY, lw=1, ls=":")
         ax.set_xlabel(label)
-    axes[0].set_ylim(0, 1.05 * axes[0].get_ylim()[1])  # of all, when all is drawn
-    for ax in axes[::columns]:
+    for ax in axes[::3]:
         ax.set_ylabel("mAP (%)")
-    for ax in axes[len(studies) :]:
-        ax.remove()
+    axes[0].set_ylim(0, 1.05 * axes[0].get_ylim()[1])  # of all, when all is drawn
     return fig
 
 
 @mpl.rc_context(STYLE)
-def cost_figure(rows: Sequence[Row]) -> Figure:
+def cost_figure(rows: DataFrame) -> Figure:
     """Draw the seconds of each stage as stacked bars, one a method."""
-    table = cost_table(rows)
-    stages = [n for n in table.header[2:] if n not in ("cpu (s)", "total (s)")]
-    fig = Figure(figsize=(7, 0.45 * len(table.rows) + 1.7), layout="constrained")
-    ax = fig.subplots()
-    left = np.zeros(len(table.rows))
-    for i, stage in enumerate(stages):
-        column = list(table.header).index(stage)
-        width = np.array([row[column] or 0 for row in table.rows], float)
-        hatch = ("", "//", "..", "xx", "\\\\", "--")[i % 6]
-        bars = ax.barh(
-            range(len(width)),
-            width,
-            left=left,
-            color=PALETTE[i % len(PALETTE)],
-            edgecolor="white",
-            hatch=hatch,
-        )
-        bars.set_label(stage.removesuffix(" (s)"))
-        left += width
-    ax.set_yticks(range(len(table.rows)), [str(row[0]) for row in table.rows])
+    table = cost_table(rows).set_index("method")
+    table = table.drop(columns=["runs", "cpu (s)", "total (s)"], errors="ignore")
+    table = table.fillna(0).rename(columns=lambda stage: stage.removesuffix(" (s)"))
+    fig, (ax,) = panels(1, columns=1, size=(7, 0.45 * len(table) + 1.4))
+    stack(ax.barh, table)
     ax.invert_yaxis()
     ax.set_xlabel("seconds of a run, medians over seeds")
     fig.legend(loc="outside lower center", ncols=4)
     return fig
-
-
-def _legend(fig: Figure, methods: Iterable[str]) -> None:
-    marks = [mpl.lines.Line2D([], [], label=m, **_look(m)) for m in methods]
-    fig.legend(handles=marks, loc="outside lower center", ncols=4)
 
 
 # ------------------------------------------------------------------------------ writing
@@ -818,55 +653,20 @@ def write_tables(records_folder: Path, output: Path) -> list[Path]:
         raise InputError(
             f"{records_folder} holds no record of results: run o2cap reproduce first."
         )
-    tables: list[Table] = []
-    figures: dict[str, Figure] = {}
-    for record in records:
-        for dataset in sorted({r["dataset"] for r in record.rows}):
-            rows = select(record.rows, dataset=dataset, study=None)
-            if rows:
-                end = f"{record.target}-{dataset}"
-                tables.append(ablation_table(rows, end))
-                tables.append(paired_table(rows, f"{end}-paired"))
-                figures[end] = ablation_figure(rows)
-                if any(r.get("history") for r in rows):
-                    tables.append(convergence_table(rows, f"{end}-convergence"))
-                    figures[f"{end}-convergence"] = convergence_figure(rows)
-                if any(r.get("seconds") for r in rows):
-                    tables.append(cost_table(rows, f"{end}-cost"))
-                    figures[f"{end}-cost"] = cost_figure(rows)
-    everything = [r for record in records for r in record.rows]
-    present = {r.get("study") for r in everything}
-    studies = {s: with_defaults(everything, s) for s in STUDIES if s in present}
-    for study in ("strength", "cameras"):
-        if rows := studies.pop(study, []):
-            tables.append(gain_table(rows, study))
-            figures[study] = gain_figure(rows, study)
-    if studies:
-        tables.append(sensitivity_table(studies))
-        figures["sensitivity"] = sensitivity_figure(studies)
-    if "data_seed" in present:
-        tables.append(seeds_table(with_defaults(everything, "data_seed")))
-    tables += [published_table(everything), failures_table(records)]
-
-    written: dict[str, bytes] = {}
     index = ["# Tables and figures", "", "Made from:", ""]
-    for record in records:
-        device, commit = (record.facts.get(k) for k in ("device", "commit"))
-        index.append(f"- {record.target}: {record.what} (device {device}, {commit})")
-    for table in tables:
-        written[f"{table.name}.md"] = table.markdown().encode()
-        written[f"{table.name}.csv"] = table.csv().encode()
-        index += ["", f"## {table.caption}", ""]
-        if table.name.endswith("-convergence"):  # a line an epoch: too long here
-            index.append(f"[{table.name}.csv]({table.name}.csv)")
-        else:
-            index.append(table.markdown().rstrip())
-        if figure := figures.pop(table.name, None):
-            index += ["", f"![{table.caption}]({table.name}.svg)"]
-            written |= _images(table.name, figure)
-    for name, figure in figures.items():
-        index += ["", f"![{name}]({name}.svg)"]
-        written |= _images(name, figure)
+    about = "- {target}: {what} (device {device}, {commit})"
+    index += [about.format(**record.attrs) for record in records]
+    written: dict[str, bytes] = {}
+    for name, caption, table, figure in _tables(records):
+        written[f"{name}.md"] = markdown(table).encode()
+        written[f"{name}.csv"] = csv(table).encode()
+        index += ["", f"## {caption}", ""]
+        long = name.endswith("-convergence")  # a line an epoch
+        index.append(f"[{name}.csv]({name}.csv)" if long else markdown(table).rstrip())
+        if figure:
+            index += ["", f"![{caption}]({name}.svg)"]
+            written[f"{name}.svg"] = _svg(figure)
+            written[f"{name}.png"] = figure.png()
     written = {"index.md": ("\n".join(index) + "\n").encode()} | written
     for name, content in written.items():
         with replacing(output / name) as path:
@@ -874,8 +674,48 @@ def write_tables(records_folder: Path, output: Path) -> list[Path]:
     return [output / name for name in written]
 
 
-def _images(name: str, figure: Figure) -> dict[str, bytes]:
+RESULTS: tuple[Any, ...] = (  # end of the name, caption, table, figure
+    ("", "mean ± s.d. (95 % interval)", ablation_table, ablation_figure),
+    ("-paired", "differences, paired by seed", paired_table, None),
+    ("-convergence", "after each epoch", convergence_table, convergence_figure),
+    ("-cost", "seconds of a run, medians", cost_table, cost_figure),
+)
+
+
+def _tables(records: list[DataFrame]) -> Iterator[tuple[Any, ...]]:
+    """Yield name, caption, table and figure of all that the records allow."""
+    for record in records:
+        for dataset, rows in record[record.study == ""].groupby("dataset"):
+            for end, what, tabulate, draw in RESULTS:
+                table, name = tabulate(rows), f"{record.attrs['target']}-{dataset}{end}"
+                if len(table):
+                    yield name, f"{dataset}: {what}", table, draw and draw(rows)
+    everything = pd.concat(records, ignore_index=True)
+    for dataset, rows in everything.groupby("dataset"):
+        studies = {s: with_defaults(rows, s) for s in rows.study.unique() if s}
+        for study in sorted({*studies} & {"strength", "cameras"}):
+            found, caption = studies[study], f"{dataset}: {STUDIES[study][0]}"
+            table, figure = gain_table(found, study), gain_figure(found, study)
+            yield f"{study}-{dataset}", caption, table, figure
+        if "data_seed" in studies:
+            caption = f"{dataset}: what a seed changes in mAP"
+            yield (
+                f"data_seed-{dataset}",
+                caption,
+                seeds_table(studies["data_seed"]),
+                None,
+            )
+        if single := [studies[s] for s in studies if s not in APART]:
+            rows, caption = pd.concat(single), f"{dataset}: one setting at a time"
+            table, figure = sensitivity_table(rows), sensitivity_figure(rows)
+            yield f"sensitivity-{dataset}", caption, table, figure
+    caption = "Published numbers, and this code's"
+    yield "published", caption, published_table(everything), None
+    yield "failures", "Jobs that failed", failures_table(records), None
+
+
+def _svg(figure: Figure) -> bytes:
     svg = io.BytesIO()
     with mpl.rc_context({**STYLE, "svg.hashsalt": "o2cap"}):  # the same file each time
         figure.savefig(svg, format="svg", metadata={"Date": None})
-    return {f"{name}.svg": svg.getvalue(), f"{name}.png": figure.png()}
+    return svg.getvalue()
