@@ -97,9 +97,9 @@ def _run(args: Sequence[str]) -> None:
         if _speaks():
             print(result.directory)
 
-    commands = (train, evaluate, embed, search, cluster, report, data, reproduce)
+    model = (train, evaluate, embed, search, cluster, export)
     tyro.extras.subcommand_cli_from_dict(
-        {command.__name__: command for command in commands},
+        {command.__name__: command for command in (*model, report, data, reproduce)},
         prog="o2cap",
         description=o2cap.__doc__,
         args=args,
@@ -194,49 +194,64 @@ def embed(run: Run, pictures: Pictures, output: Out, how: _How = How()) -> None:
 
 def search(
     run: Run,
-    query: Run,
+    queries: Pictures,
     gallery: Path,
     output: Maybe = None,
     top: int = 10,
+    max_distance: float = 2.0,
+    same_camera: Literal["keep", "drop"] = "keep",
+    rerank: bool = False,
     how: _How = How(),
 ) -> None:
-    """Find the pictures most like one picture. Prints the matches as JSON.
+    """Find the pictures most like others. Prints a JSON line for each query.
 
     Args:
         run: Run directory.
-        query: The picture.
+        queries: Pictures, or folders of them.
         gallery: Where to search: a folder, or the .npz file of o2cap embed.
-        output: Also draw the ranked list (.png), or write it (.json, .csv).
-        top: Matches at most.
+        output: Also draw the ranked lists (.png), or write them (.json, .csv).
+        top: Matches of a query at most.
+        max_distance: Largest cosine distance of a match, from 0 to 2.
+        same_camera: drop leaves out what the query's own camera saw.
+        rerank: Rank by neighbourhoods (k-reciprocal re-ranking).
     """
     from o2cap import inference
 
     _check(output, ".png", ".json", ".csv")
-    found = inference.search(run, query, gallery, top=top, **asdict(how))
+    chosen: dict[str, Any] = {"max_distance": max_distance, "same_camera": same_camera}
+    chosen |= {"top": top, "rerank": rerank, **asdict(how)}
+    found = inference.search(run, queries, gallery, **chosen)
     if output is not None:
         found.save(output)
-    matches = [asdict(match) for match in found.matches()]
-    print(json.dumps({"query": str(found.query.paths[0]), "matches": matches}))
+    for record in found.records():
+        print(json.dumps(record))
 
 
 def cluster(
-    run: Run, pictures: Pictures, output: Out, sheets: Place = None, how: _How = How()
+    run: Run,
+    pictures: Pictures,
+    output: Out,
+    sheets: Place = None,
+    eps: float | None = None,
+    how: _How = How(),
 ) -> None:
     """Group pictures into pseudo identities. Prints the counts as JSON.
 
     Args:
         run: Run directory.
         pictures: Files and folders, or one .npz file of o2cap embed.
-        output: The CSV file to write: path, camid, cluster (-1: an outlier).
+        output: The .csv or .json file to write: path, camid, camera, cluster (-1: an
+            outlier).
         sheets: Also draw a contact sheet per cluster, into this new folder.
+        eps: Another radius of DBSCAN than the run's: smaller ones, smaller clusters.
     """
     from o2cap import inference
 
-    _check(output, ".csv")
+    _check(output, ".csv", ".json")
     if sheets is not None:
         inference.refuse_occupied(sheets)
     source = pictures[0] if len(pictures) == 1 else pictures
-    found = inference.cluster(run, source, **asdict(how))
+    found = inference.cluster(run, source, eps=eps, **asdict(how))
     if sheets is not None:
         found.save_sheets(sheets)
     found.save(output)
@@ -246,6 +261,20 @@ def cluster(
         "outliers": int((found.clusters < 0).sum()),
     }
     print(json.dumps(counts))
+
+
+def export(run: Run, output: Out) -> None:
+    """Write the model of a run as an ONNX file, for use without o2cap. Prints it.
+
+    Args:
+        run: Run directory.
+        output: The .onnx file to write.
+    """
+    from o2cap import inference
+
+    _check(output, ".onnx")
+    inference.export(run, output)
+    print(output)
 
 
 def _check(path: Path | None, *suffixes: str, option: str = "--output") -> None:
@@ -358,7 +387,7 @@ def manifest(folder: Run, pattern: str, output: Out) -> None:
     print(output)
 
 
-def export(
+def render(
     folder: Run,
     synthetic: SyntheticConfig = SyntheticConfig(),  # noqa: B008 (frozen)
     height: int = 64,
@@ -386,7 +415,7 @@ def data(
         Annotated[None, tyro.conf.subcommand("verify", constructor=verify)]
         | Annotated[None, tyro.conf.subcommand("sheet", constructor=sheet)]
         | Annotated[None, tyro.conf.subcommand("manifest", constructor=manifest)]
-        | Annotated[None, tyro.conf.subcommand("export", constructor=export)],
+        | Annotated[None, tyro.conf.subcommand("export", constructor=render)],
         tyro.conf.arg(name=""),
     ],
 ) -> None:

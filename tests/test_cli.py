@@ -98,9 +98,10 @@ def test_the_program_and_its_version() -> None:
 
 def test_every_command_explains_itself(o2cap_: Command) -> None:
     code, out, _ = o2cap_("--help")
-    commands = ("train", "evaluate", "embed", "search", "cluster", "report", "data")
+    commands = ("train", "evaluate", "embed", "search", "cluster", "export")
+    commands += ("report", "data")
     assert code == 0 and all(f"• {name} " in out for name in commands)
-    for words in (*commands, "data verify", "data sheet", "data export"):
+    for words in (*commands, "reproduce", "data verify", "data sheet", "data export"):
         code, out, _ = o2cap_(*words.split(), "--help")
         assert code == 0 and f"usage: o2cap {words}" in out
     code, out, _ = o2cap_("train", "--help")
@@ -441,8 +442,11 @@ def test_embed_then_search_and_cluster(
     assert [m["path"] for m in found["matches"]] == [m.path for m in matches]
     with Image.open(drawn) as picture:
         assert picture.format == "PNG" and picture.width > 300
+    words = ("search", run, query, pictures / "011.png", "--top", 5, "--gallery")
     code, out, _ = o2cap_(*words, pictures)  # the folder itself, nothing drawn
-    assert code == 0 and json.loads(out) == found
+    one, other = map(json.loads, out.splitlines())  # a line a query
+    assert code == 0 and other["query"] == str(pictures / "011.png")
+    assert [m["path"] for m in one["matches"]] == [m["path"] for m in found["matches"]]
 
     table, sheets = tmp_path / "clusters.csv", tmp_path / "sheets"
     words = ("cluster", run, features, "--output", table, "--sheets", sheets)
@@ -457,6 +461,8 @@ def test_embed_then_search_and_cluster(
         "outliers": clusters.count(-1),
     }
     assert len(list(sheets.iterdir())) == counts["clusters"]
+    code, out, _ = o2cap_("cluster", run, features, "-o", table, "--eps", 0)
+    assert code == 0 and json.loads(out)["outliers"] == 78
 
 
 @pytest.mark.parametrize(
@@ -475,6 +481,11 @@ def test_embed_then_search_and_cluster(
             "must end in .png or .json or .csv",
         ),
         (("cluster", "{run}", "{pictures}", "-o", "{new}/c.png"), "must end in .csv"),
+        (
+            ("cluster", "{run}", "{one}", "-o", "{new}/c.csv", "--eps", "2"),
+            "eps is 2.0",
+        ),
+        (("export", "{run}", "-o", "{new}/model.pt"), "must end in .onnx"),
         (("report", "{new}"), "no run directory"),
         (("data", "sheet", "synthetik", "-o", "{new}/s.png"), "Did you mean synthetic"),
         (
