@@ -868,7 +868,7 @@ OTHERS = {  # MARS; persons and cameras in words; CVAT's export; frames of a vid
 @pytest.mark.parametrize("pattern", OTHERS)
 def test_layouts_of_others_in_one_line(tmp_path: Path, pattern: str) -> None:
     camids = OTHERS[pattern]
-    plant(tmp_path, camids)
+    plant(tmp_path, list(camids))
     train = load_dataset("manifest", by_command(tmp_path, pattern)).train
     found = zip(train.paths, train.camids.tolist(), strict=True)
     assert {p.relative_to(tmp_path).as_posix(): c for p, c in found} == camids
