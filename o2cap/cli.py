@@ -116,6 +116,7 @@ Place = Path | None
 Out = Annotated[Path, _SHORT]
 Maybe = Annotated[Path | None, _SHORT]
 Split = Literal["train", "query", "gallery"]
+_Flag = tyro.conf.UseCounterAction[int]  # given or not
 
 
 @dataclass(frozen=True)
@@ -135,21 +136,26 @@ def evaluate(
     run: Run,
     dataset: str | None = None,
     root: Place = None,
+    same_camera: Literal["drop", "keep"] = "drop",
+    rerank: _Flag = 0,
     device: str = "auto",
     workers: int = 0,
 ) -> None:
-    """Evaluate a trained run: mAP, CMC and mINP as JSON.
+    """Evaluate a trained run, as JSON: mAP, CMC, mINP, and how well pairs are told.
 
     Args:
         run: Run directory.
         dataset: Another data set than the one the run was trained on.
         root: Where that data set lies, or where the run's own lies now.
+        same_camera: drop is the standard rule: no picture of the query's identity and
+            camera counts; keep is for one camera.
+        rerank: Also score the ranking by neighbourhoods (k-reciprocal re-ranking).
         device: auto, cpu, cuda, mps.
         workers: Threads that decode pictures; 0 means one a core.
     """
     from o2cap.data import load_configured
     from o2cap.device import Hardware
-    from o2cap.evaluation import Evaluator, check_parts
+    from o2cap.evaluation import Evaluator, assess, check_parts
     from o2cap.files import read_json
     from o2cap.run import load_model
 
@@ -166,14 +172,17 @@ def evaluate(
                 f"{run} was trained on other pictures than its settings name now; "
                 "say what to evaluate on with --dataset and --root."
             )
-        check_parts(found)
-        metrics = Evaluator(config, found, hardware).record(model.to(hardware.device))
-    if not metrics:
-        raise InputError(
-            f"The data set {found.name} has no query and no gallery, so there is "
-            "nothing to evaluate; give another one with --dataset and --root."
-        )
-    print(json.dumps(metrics))
+        check_parts(found, train=False, same_camera=same_camera)
+        evaluator = Evaluator(config, found, hardware)
+        if not evaluator.decoded:
+            raise InputError(
+                f"The data set {found.name} has no query and no gallery, so there is "
+                "nothing to evaluate; give another one with --dataset and --root."
+            )
+        features = evaluator.features(model.to(hardware.device))
+        parts = [images for _, images in evaluator.decoded]
+        rule = {"same_camera": same_camera, "rerank": bool(rerank)}
+        print(json.dumps(assess(*parts, *features, **rule)))
 
 
 def embed(run: Run, pictures: Pictures, output: Out, how: _How = How()) -> None:
@@ -200,7 +209,7 @@ def search(
     top: int = 10,
     max_distance: float = 2.0,
     same_camera: Literal["keep", "drop"] = "keep",
-    rerank: bool = False,
+    rerank: _Flag = 0,
     how: _How = How(),
 ) -> None:
     """Find the pictures most like others. Prints a JSON line for each query.
@@ -219,7 +228,7 @@ def search(
 
     _check(output, ".png", ".json", ".csv")
     chosen: dict[str, Any] = {"max_distance": max_distance, "same_camera": same_camera}
-    chosen |= {"top": top, "rerank": rerank, **asdict(how)}
+    chosen |= {"top": top, "rerank": bool(rerank), **asdict(how)}
     found = inference.search(run, queries, gallery, **chosen)
     if output is not None:
         found.save(output)
@@ -420,9 +429,6 @@ def data(
     ],
 ) -> None:
     """Verify or draw a data set, write a manifest, or export the embedded set."""
-
-
-_Flag = tyro.conf.UseCounterAction[int]  # given or not
 
 
 def reproduce(

@@ -379,9 +379,15 @@ def test_evaluate_repeats_the_last_epoch_exactly(run: Path, o2cap_: Command) -> 
     code, out, _ = o2cap_("evaluate", run, "--device", "cpu")
     assert code == 0
     final = lines(run)[-1]
-    metrics = json.loads(out)
-    assert metrics == {name: final[name] for name in metrics}
-    assert {"mAP", "rank1", "rank5", "rank10", "mINP"} == set(metrics)
+    names = ("mAP", "rank1", "rank5", "rank10", "mINP")
+    said = json.loads(out)
+    assert {name: said.pop(name) for name in names} == {n: final[n] for n in names}
+    assert said.pop("same_camera") == "drop"
+    assert 0 < said.pop("verification")["auc"] < 1 and not said
+    code, out, _ = o2cap_("evaluate", run, "--rerank", "--same-camera", "keep")
+    said = json.loads(out)
+    assert code == 0 and said["same_camera"] == "keep"
+    assert set(names) == set(said["reranked"]) and said["reranked"] != said
 
 
 def test_evaluate_on_another_data_set(
