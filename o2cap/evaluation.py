@@ -35,6 +35,7 @@ class RetrievalMetrics:
     mAP: float
     cmc: np.ndarray  # float64 [R]; cmc[r - 1]: a match among the first r
     mINP: float
+    average_precision: np.ndarray  # float64 [Q]; NaN where a query was left out
     queries: int  # queries that were scored
     left_out: int  # queries without a match in the gallery
 
@@ -156,6 +157,7 @@ def evaluate_retrieval(
         mAP=float(ap[scored].mean()),
         cmc=(best[scored] <= ranks[:, None]).mean(1),
         mINP=float(inp[scored].mean()),
+        average_precision=ap,
         queries=total - left_out,
         left_out=left_out,
     )
