@@ -52,6 +52,27 @@ def replacing(path: Path) -> Iterator[Path]:
                 os.unlink(name)
 
 
+def check_writable(path: Path) -> None:
+    """Look whether a file could be written, before the work is done that it will hold.
+
+    Raises
+    ------
+    InputError
+        When it could not: it is a folder, or may not be made where it is to be.
+    """
+    with usable(path):
+        place = next(p for p in path.absolute().parents if p.exists())
+        if path.is_dir():
+            reason = "it is a folder"
+        elif not place.is_dir():
+            reason = f"{place} is no folder"
+        elif not os.access(place, os.W_OK):
+            reason = f"{place} may not be written to"
+        else:
+            return
+    raise InputError(f"{path} cannot be written: {reason}.")
+
+
 def _sync_folder(folder: Path) -> None:
     with contextlib.suppress(OSError):  # not every system opens a folder
         handle = os.open(folder, os.O_RDONLY)
