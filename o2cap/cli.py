@@ -1,9 +1,8 @@
-"""The command line. Each command is the Python call of the same name.
+"""The commands. Each is the Python call of the same name.
 
 What people read goes to standard error; standard output holds what a script wants:
 the run directory, a path, or JSON. Of several processes that torchrun starts, the first
-speaks. Exit codes: 0 done, 2 the user's input, 1 a fault of ours, 130 and 143
-interrupted, 141 nobody reads the output.
+speaks.
 """
 
 from __future__ import annotations
@@ -12,8 +11,6 @@ import csv
 import json
 import logging
 import os
-import signal
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,61 +20,15 @@ import tyro
 
 import o2cap
 from o2cap.config import STYLE, Config, SyntheticConfig, starting_point
-from o2cap.errors import InputError, TrainingError
+from o2cap.errors import InputError
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
-    args = sys.argv[1:] if args is None else list(args)
-    goes_on = args[:1] in (["train"], ["reproduce"]) and "--check" not in args
-    again = "; the same command goes on" if goes_on else ""
-    _prepare()
-    try:
-        try:
-            _run(args)
-        finally:
-            sys.stdout.flush()
-        return 0
-    except InputError as error:
-        code, said = 2, str(error)
-    except TrainingError as error:
-        code, said = 1, str(error)
-    except KeyboardInterrupt as error:
-        code, word = (143, "terminated") if error.args else (130, "interrupted")
-        said = f"{word}{again}."
-    except BrokenPipeError:  # as in o2cap train --help | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except OSError as error:  # what nobody closer to the file has put into words
-        name, reason = error.filename or "A file", error.strerror or error
-        code, said = 2, f"{name} cannot be used ({reason})."
-    if _speaks():
-        print(f"o2cap: {said}", file=sys.stderr)
-    return code
-
-
-def _prepare() -> None:
-    """Decide how text and signals leave the program; nothing of it ever fails."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or Path(os.devnull).open("w")  # noqa: SIM115
-        # a file name that is no text goes out as the bytes that it is
-        utf8 = stream.encoding.lower() == "utf-8"
-        stream.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
-        setattr(sys, name, stream)
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
-    logging.getLogger("o2cap").setLevel("INFO" if _speaks() else "ERROR")
-    signal.signal(signal.SIGTERM, _terminate)
-
-
-def _terminate(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt(signum)
-
-
-def _speaks() -> bool:
+def speaks() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _run(args: Sequence[str]) -> None:
+def run(args: Sequence[str]) -> None:
+    """Run one command."""
     if args == ["--version"]:
         print(f"o2cap {o2cap.__version__}")
         return
@@ -94,7 +45,7 @@ def _run(args: Sequence[str]) -> None:
         from o2cap.trainer import train as run_training
 
         result = run_training(config)
-        if _speaks():
+        if speaks():
             print(result.directory)
 
     model = (train, evaluate, embed, search, cluster, export)
@@ -103,7 +54,7 @@ def _run(args: Sequence[str]) -> None:
         prog="o2cap",
         description=o2cap.__doc__,
         args=args,
-        console_outputs=_speaks(),
+        console_outputs=speaks(),
         config=STYLE,
     )
 
@@ -180,9 +131,9 @@ def evaluate(
                 "nothing to evaluate; give another one with --dataset and --root."
             )
         features = evaluator.features(model.to(hardware.device))
-        parts = [images for _, images in evaluator.decoded]
-        rule = {"same_camera": same_camera, "rerank": bool(rerank)}
-        print(json.dumps(assess(*parts, *features, **rule)))
+        (_, query), (_, gallery) = evaluator.decoded
+        rule: dict[str, Any] = {"same_camera": same_camera, "rerank": bool(rerank)}
+        print(json.dumps(assess(query, gallery, *features, **rule)))
 
 
 def embed(run: Run, pictures: Pictures, output: Out, how: _How = How()) -> None:
@@ -259,6 +210,7 @@ def cluster(
     _check(output, ".csv", ".json")
     if sheets is not None:
         inference.refuse_occupied(sheets)
+        _check(sheets / "cluster_0000.png", ".png", option="--sheets")
     source = pictures[0] if len(pictures) == 1 else pictures
     found = inference.cluster(run, source, eps=eps, **asdict(how))
     if sheets is not None:
@@ -287,9 +239,14 @@ def export(run: Run, output: Out) -> None:
 
 
 def _check(path: Path | None, *suffixes: str, option: str = "--output") -> None:
-    """Refuse a file name before the work is done that it was to hold."""
-    if path is not None and path.suffix.lower() not in suffixes:
+    """Refuse a file before the work is done that it was to hold."""
+    from o2cap.files import check_writable
+
+    if path is None:
+        return
+    if path.suffix.lower() not in suffixes:
         raise InputError(f"{option} {path} must end in {' or '.join(suffixes)}.")
+    check_writable(path)
 
 
 def report(run: Run, device: str = "auto") -> None:

@@ -25,7 +25,8 @@ from PIL import Image
 from test_trainer import lines, outcome, snapshot
 
 import o2cap
-from o2cap import cli, inference, trainer
+from o2cap import inference, trainer
+from o2cap.__main__ import main
 from o2cap.config import PRESETS, load
 
 
@@ -41,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run."""
     output = tmp_path_factory.mktemp("run") / "run"
-    assert cli.main(training(folder / "manifest.csv", output)) == 0
+    assert main(training(folder / "manifest.csv", output)) == 0
     return output
 
 
@@ -68,7 +69,7 @@ def o2cap_(capsys: pytest.CaptureFixture[str]) -> Command:
     def command(*words: object) -> Said:
         capsys.readouterr()
         try:
-            code: Any = cli.main([str(word) for word in words])
+            code: Any = main([str(word) for word in words])
         except SystemExit as end:
             code = end.code
         out, err = capsys.readouterr()
@@ -337,7 +338,7 @@ def in_a_process(words: list[str], said: Path) -> None:
         os.dup2(file.fileno(), 2)
     # A shell starts background jobs, and so these tests there, deaf to SIGINT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    raise SystemExit(cli.main(words))
+    raise SystemExit(main(words))
 
 
 def test_a_run_survives_kill_term_and_interrupt(folder: Path, tmp_path: Path) -> None:
@@ -367,8 +368,8 @@ def test_a_run_survives_kill_term_and_interrupt(folder: Path, tmp_path: Path) ->
         assert process.exitcode == code, said.read_text()
         assert says in said.read_text() and "Traceback" not in said.read_text()
         assert not (output / "summary.json").exists()
-    assert cli.main(words) == 0
-    assert cli.main(training(manifest, tmp_path / "whole", **longer)) == 0
+    assert main(words) == 0
+    assert main(training(manifest, tmp_path / "whole", **longer)) == 0
     assert outcome(output) == outcome(tmp_path / "whole")
 
 
@@ -486,6 +487,7 @@ def test_embed_then_search_and_cluster(
             ("search", "{run}", "{one}", "--gallery", "{new}", "-o", "{new}/r.gif"),
             "must end in .png or .json or .csv",
         ),
+        (("embed", "{run}", "{pictures}", "-o", "{one}/f.npz"), "001.png is no folder"),
         (("cluster", "{run}", "{pictures}", "-o", "{new}/c.png"), "must end in .csv"),
         (
             ("cluster", "{run}", "{one}", "-o", "{new}/c.csv", "--eps", "2"),
@@ -648,10 +650,10 @@ def test_any_text_leaves_the_program(
     path = Path(os.fsdecode(b"r\xff \xe2\x86\x92.html"))
     monkeypatch.setattr("o2cap_book.report.report", lambda *_, **__: path)
     monkeypatch.setattr(sys, "stdout", TextIOWrapper(BytesIO(), alphabet))
-    assert cli.main(["report", "run"]) == 0
+    assert main(["report", "run"]) == 0
     assert sys.stdout.buffer.getvalue() == written  # type: ignore[attr-defined]
     with pytest.raises(SystemExit) as end:
-        cli.main(["--help"])
+        main(["--help"])
     assert end.value.code == 0
 
 
@@ -660,7 +662,7 @@ def test_closed_streams_are_no_fault(
 ) -> None:
     for name in ("stderr", "stdout"):
         monkeypatch.setattr(sys, name, None)
-        assert cli.main(["evaluate", str(tmp_path)]) == 2
+        assert main(["evaluate", str(tmp_path)]) == 2
     assert capsys.readouterr() == ("", "")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from o2cap import cli
+from o2cap.__main__ import main
 
 
 @pytest.mark.skipif(
@@ -22,7 +22,7 @@ def test_every_command_on_real_pictures(
 
     def command(*words: object) -> str:
         capsys.readouterr()
-        assert cli.main([str(word) for word in words]) == 0
+        assert main([str(word) for word in words]) == 0
         return capsys.readouterr().out
 
     small = ["--backbone", "tiny_resnet", "--weights", "none"]

@@ -48,7 +48,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from unpacking import Benchmark, Limits, unpack
 
-from o2cap import cli
+from o2cap import __main__ as program
 from o2cap import config as configuration
 from o2cap.backbone import build_model, read_state_dict
 from o2cap.clustering import dbscan, jaccard_distance
@@ -797,7 +797,7 @@ def commands(case: Case) -> None:
     os.chdir(case.folder)
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(printed):
-            code: Any = cli.main(words)
+            code: Any = program.main(words)
     except SystemExit as stop:
         code = stop.code
     finally:

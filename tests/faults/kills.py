@@ -43,7 +43,8 @@ import unpacking
 from test_batch import TINY, kill_tree
 from test_trainer import outcome
 
-from o2cap import cli, features, files, trainer
+from o2cap import __main__ as program
+from o2cap import features, files, trainer
 from o2cap.config import SyntheticConfig, WarmStartConfig, preset
 from o2cap.data import loading, synthetic
 
@@ -344,7 +345,7 @@ def reproduce(place: Path, kills: int) -> Target:
     words = ["reproduce", "tiny", "--grid", str(grid), "--cores", "1", "--output"]
 
     def work(folder: Path) -> None:
-        if code := cli.main([*words, str(folder)]):
+        if code := program.main([*words, str(folder)]):
             raise SystemExit(code)
 
     def compare(folder: Path) -> object:

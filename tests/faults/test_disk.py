@@ -16,7 +16,8 @@ import pytest
 import tiny
 from test_trainer import Stop, outcome, snapshot, stop_at
 
-from o2cap import cli, trainer
+from o2cap import trainer
+from o2cap.__main__ import main
 from o2cap.errors import InputError
 from o2cap.files import replacing
 from o2cap.trainer import train
@@ -106,7 +107,7 @@ def test_a_folder_that_may_not_be_written_to(
     before = snapshot(run)
     run.chmod(0o555)
     with nobody():
-        code = cli.main(words(data, run))
+        code = main(words(data, run))
     assert "cannot be written (Permission denied)" in refusal(
         code, capsys.readouterr().err
     )
@@ -116,7 +117,7 @@ def test_a_folder_that_may_not_be_written_to(
     (run / ".metrics.jsonl.left.part").touch()
     (run / "pseudo_labels").chmod(0o555)
     with nobody():
-        code = cli.main(words(data, run))
+        code = main(words(data, run))
     assert "epoch_001.npz cannot be written (Permission denied)" in refusal(
         code, capsys.readouterr().err
     )
@@ -124,7 +125,7 @@ def test_a_folder_that_may_not_be_written_to(
 
     (run / "pseudo_labels").chmod(0o755)
     with nobody():
-        assert cli.main(words(data, run)) == 0
+        assert main(words(data, run)) == 0
     assert outcome(run) == outcome(whole)
 
 
@@ -184,12 +185,12 @@ def test_a_disk_that_fills_up_at_any_write(
         before = (run / "checkpoint.pt").read_bytes()
         leave_free(small_disk, pages)
         capsys.readouterr()
-        sentence = refusal(cli.main(words(data, run)), capsys.readouterr().err)
+        sentence = refusal(main(words(data, run)), capsys.readouterr().err)
         refused, _, why = sentence.partition(" cannot be ")
         assert name in refused and "No space left on device" in why
         assert (run / "checkpoint.pt").read_bytes() == before
         (small_disk / "ballast").unlink()
-        assert cli.main(words(data, run)) == 0
+        assert main(words(data, run)) == 0
         assert outcome(run) == outcome(whole)
 
 

@@ -20,7 +20,7 @@ import tiny
 import torch
 from test_trainer import outcome
 
-from o2cap import cli
+from o2cap.__main__ import main
 from o2cap.config import SyntheticConfig
 from o2cap.data import load_dataset
 from o2cap.data.synthetic import render_dataset
@@ -42,17 +42,17 @@ def test_spaces_and_letters_of_any_language_in_every_path(
     monkeypatch.chdir(place)
     tiny.write_pictures(Path("data ü"))
     words = ["--dataset", "manifest", "--root", "data ü/manifest.csv"]
-    assert cli.main(["train", *words, "--output", "läuft so", *tiny.options()]) == 0
+    assert main(["train", *words, "--output", "läuft so", *tiny.options()]) == 0
     assert capsys.readouterr().out.strip() == "läuft so"
-    assert cli.main(["embed", "läuft so", "data ü/pictures", "-o", "f ü.npz"]) == 0
+    assert main(["embed", "läuft so", "data ü/pictures", "-o", "f ü.npz"]) == 0
     query = "data ü/pictures/000.png"
-    assert cli.main(["search", "läuft so", query, "--gallery", "f ü.npz"]) == 0
+    assert main(["search", "läuft so", query, "--gallery", "f ü.npz"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["query"] == str(place / query)
     assert {Path(match["path"]).parent for match in found["matches"]} == {
         place / "data ü/pictures"
     }
-    assert cli.main(["cluster", "läuft so", "f ü.npz", "-o", "c ü.csv"]) == 0
+    assert main(["cluster", "läuft so", "f ü.npz", "-o", "c ü.csv"]) == 0
     assert (place / "c ü.csv").read_text("utf-8").count("\n") == 79
 
 
@@ -94,9 +94,9 @@ def note(event, args):
                  "socket.gethostbyname", "urllib.Request"):
         tried.append((event, str(args)))
 sys.addaudithook(note)
-from o2cap import cli
+from o2cap.__main__ import main
 for words in json.loads(sys.argv[1]):
-    assert cli.main(words) == 0
+    assert main(words) == 0
 print("TRIED", tried)
 """
 
@@ -132,7 +132,7 @@ def test_no_request_is_made_and_none_is_needed(tmp_path: Path) -> None:
 def test_the_watch_on_the_network_bites() -> None:
     """A request that is made would be noticed."""
     code = WITHOUT_NETWORK.replace(
-        "from o2cap import cli\n",
+        "from o2cap.__main__ import main\n",
         "import urllib.request\n"
         "try: urllib.request.urlopen('http://localhost:9/')\n"
         "except OSError: pass\n",
