@@ -89,12 +89,14 @@ def one_sentence(err: str) -> str:
 # ------------------------------------------------------------------------ help, presets
 
 
-def test_the_program_and_its_version() -> None:
-    """As a user types it, in a process of its own."""
-    words = [sys.executable, "-m", "o2cap", "--version"]
+def test_the_program_answers_at_once(o2cap_: Command) -> None:
+    """In a process of its own, help and refusals wait for no import of torch."""
+    words = [sys.executable, "-X", "importtime", "-m", "o2cap", "train", "--help"]
     said = subprocess.run(words, capture_output=True, text=True)
-    assert (said.returncode, said.stderr) == (0, "")
-    assert said.stdout == f"o2cap {o2cap.__version__}\n"
+    assert said.returncode == 0 and "usage: o2cap train" in said.stdout
+    imported = {line.rpartition("|")[2].strip() for line in said.stderr.splitlines()}
+    assert "tyro" in imported and not imported & {"torch", "pandas", "o2cap_book"}
+    assert o2cap_("--version") == (0, f"o2cap {o2cap.__version__}\n", "")
 
 
 def test_every_command_explains_itself(o2cap_: Command) -> None:
