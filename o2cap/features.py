@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from o2cap import distributed
@@ -125,3 +126,31 @@ def extract_all(
         "The network's features are not finite: its weights are too large. Train again "
         "with a lower --optim.lr, or with --precision off."
     )
+
+
+def standardise_by_camera(features: Tensor, camids: Tensor) -> Tensor:
+    """Remove each camera's mean and spread: FloatTensor [N, D], L2-normalised.
+
+    ``f̂_i = (f_i − mean of camera c_i) / (s.d. of camera c_i)``, per dimension, then
+    divided by its length (arXiv 2502.10195; beyond the paper). A dimension in which a
+    camera does not vary becomes 0 there, so the only picture of a camera becomes the
+    zero vector: similar to nothing, and an outlier of every clustering.
+
+    Parameters
+    ----------
+    features : FloatTensor [N, D]
+        L2-normalised, on any device.
+    camids : LongTensor [N]
+        Camera of each picture.
+
+    Book: :eq:`standardise_by_camera`
+    """
+    _, camera = camids.to(features.device).unique(return_inverse=True)
+    count = camera.bincount()[:, None]
+    zeros = features.new_zeros(len(count), features.shape[1])
+    mean = zeros.index_add(0, camera, features) / count
+    centred = features - mean[camera]
+    sd = (zeros.index_add(0, camera, centred.square()) / count).sqrt()
+    # Rounding leaves a spread of 1e-8 or so where there is none.
+    scale = torch.where(sd > 1e-6, 1 / sd, 0)
+    return F.normalize(centred * scale[camera])

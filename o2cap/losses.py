@@ -9,15 +9,17 @@ compute in the precision of the memory, whatever that of the features.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from o2cap.config import Reduction
+from o2cap.config import Reduction as ConfigReduction
 from o2cap.proxies import CameraProxies
+
+Reduction = ConfigReduction | Literal["none"]
 
 
 def offline_loss(
@@ -30,6 +32,7 @@ def offline_loss(
     negatives: int = 50,
     reduction: Reduction = "camera_sum",
     similarity: Tensor | None = None,
+    spare: Tensor | None = None,
 ) -> Tensor:
     """Return the offline association loss (paper, Section III-B).
 
@@ -53,6 +56,9 @@ def offline_loss(
         τ, the number of negatives, and see :func:`reduce`.
     similarity : FloatTensor [B, P], optional
         What :func:`compare` returns, for a caller that adds several losses.
+    spare : bool Tensor [B, P], optional
+        Proxies that are no negatives of an anchor, such as those that online
+        association pulls it towards (beyond the paper).
 
     Returns
     -------
@@ -72,6 +78,7 @@ def offline_loss(
         most=proxies.most_per_cluster,
         negatives=negatives,
         temperature=temperature,
+        spare=spare,
     )
     return reduce(loss, proxies.camera[proxy], reduction)
 
@@ -256,12 +263,40 @@ def instance_loss(features: Tensor, *, temperature: float = 0.1) -> Tensor:
     return F.cross_entropy(similarity, other.roll(len(features) // 2))
 
 
+def camera_entropy_weights(proxy: Tensor, proxies: CameraProxies) -> Tensor:
+    """Return a weight for each anchor: the more cameras see its cluster, the larger.
+
+    Of the K clusters in the batch, cluster k has the entropy H_k, in bits, of its
+    camera histogram (over all its pictures of the epoch). Its anchors weigh
+    ``K e^{H_k} / Σ_k e^{H_k}``, 1 on average over the clusters. (The weight of 3C;
+    beyond the paper.)
+
+    Parameters
+    ----------
+    proxy : LongTensor [B]
+        Proxy of each anchor.
+    proxies : CameraProxies
+        Cluster and camera of each proxy, and the proxy of each picture.
+
+    Returns
+    -------
+    FloatTensor [B]
+
+    Book: :eq:`camera_entropy_weights`
+    """
+    cluster = proxies.cluster[proxy]
+    # Each cluster counts once: its anchors share it.
+    once = 1 / (cluster[:, None] == cluster).sum(dim=1)
+    power = proxies.camera_entropy[cluster].exp()
+    return once.sum() * power / (once * power).sum()
+
+
 def reduce(loss: Tensor, camera: Tensor, reduction: Reduction) -> Tensor:
     """Return one number for a batch of per-anchor losses.
 
     ``camera_sum``: the mean over the anchors of each camera, summed over the cameras
     in the batch. It is the public code's, and grows with the number of cameras that
-    a batch happens to hold. ``mean``: the plain mean.
+    a batch happens to hold. ``mean``: the plain mean. ``none``: the losses as they are.
 
     Parameters
     ----------
@@ -272,8 +307,8 @@ def reduce(loss: Tensor, camera: Tensor, reduction: Reduction) -> Tensor:
 
     Book: :eq:`reduce`
     """
-    if reduction == "mean":
-        return loss.mean()
+    if reduction != "camera_sum":
+        return loss.mean() if reduction == "mean" else loss
     same = (camera[:, None] == camera).sum(dim=1)
     return (loss / same).sum()
 
@@ -323,21 +358,24 @@ def _contrast(
     most: int,
     negatives: int,
     temperature: float,
+    spare: Tensor | None = None,
 ) -> Tensor:
     """Return −mean over positives of the log-softmax over positives and negatives.
 
     `ranking`, [B, P], says which negatives are the hardest; `positive` is bool
     [B, P], with at most `most` in a row (given, so that a GPU is not asked for it
-    and waited for). Rows with fewer positives, or few other proxies, are padded
-    and masked.
+    and waited for); `spare`, bool [B, P], are no negatives. Rows with fewer positives,
+    or few other proxies, are padded and masked.
     """
+    if spare is not None:
+        ranking = ranking.masked_fill(spare, -torch.inf)
     count = positive.sum(dim=1)
     # Ranked with all positives first, a prefix holds what is needed.
     width = min(positive.shape[1], most + negatives)
-    index = ranking.masked_fill(positive, torch.inf).topk(width, dim=1).indices
+    rank, index = ranking.masked_fill(positive, torch.inf).topk(width, dim=1)
     place = torch.arange(width, device=index.device)
     is_positive = place < count[:, None]
-    is_used = place < (count[:, None] + negatives)
+    is_used = (place < (count[:, None] + negatives)) & (rank > -torch.inf)
     logits = _Picked.apply(features, centroids, similarity, index) / temperature
     log_share = logits.masked_fill(~is_used, -torch.inf).log_softmax(dim=1)
     return -torch.where(is_positive, log_share, 0.0).sum(dim=1) / count

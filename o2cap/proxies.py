@@ -36,6 +36,19 @@ class CameraProxies:
         """Proxies of the cluster that has most: the most cameras that see one."""
         return int(self.cluster.bincount().max()) if len(self) else 0
 
+    @cached_property
+    def camera_entropy(self) -> Tensor:
+        """Entropy of each cluster's camera histogram in bits, FloatTensor [C].
+
+        0 for a cluster of one camera; log2 of the cameras where all have equally many
+        pictures.
+        """
+        number = len(self.cluster.bincount())
+        size = self.label[self.label >= 0].bincount(minlength=len(self)).float()
+        whole = size.new_zeros(number).index_add(0, self.cluster, size)
+        share = size / whole[self.cluster]
+        return share.new_zeros(number).index_add(0, self.cluster, -share * share.log2())
+
     def to(self, device: torch.device) -> CameraProxies:
         """Return the same proxies with their tensors on `device`."""
         return replace(
@@ -81,6 +94,44 @@ def split_by_camera(clusters: Tensor, camids: Tensor) -> CameraProxies:
     return CameraProxies(label=label, cluster=proxies[:, 0], camera=proxies[:, 1])
 
 
+def drop_single_camera(clusters: Tensor, camids: Tensor) -> Tensor:
+    """Return the clusters with those of one camera made outliers (−1), LongTensor [N].
+
+    Such a cluster has nothing to associate across cameras: in the offline loss it only
+    pushes. Labels keep their numbers.
+
+    Parameters
+    ----------
+    clusters : LongTensor [N]
+        Pseudo labels, −1 for outliers.
+    camids : LongTensor [N]
+        Camera of each image.
+
+    Book: :eq:`drop_single_camera`
+    """
+    proxies = split_by_camera(clusters, camids)
+    lone = proxies.cluster.bincount() == 1
+    inside = clusters >= 0
+    if len(proxies) == 0:
+        return clusters
+    return clusters.masked_fill(inside & lone[clusters.clamp(min=0)], -1)
+
+
+def check_cameras(camids: Tensor, n: int) -> None:
+    """Refuse what cannot be the cameras of n images.
+
+    Raises
+    ------
+    ValueError
+        For another length, or for numbers that are not whole, or negative.
+    """
+    if camids.shape != (n,) or camids.is_floating_point() or bool((camids < 0).any()):
+        raise ValueError(
+            f"camids must be {n} whole numbers from 0 on, one an image; they are "
+            f"{camids.dtype} {list(camids.shape)}"
+        )
+
+
 class ProxyMemory(nn.Module):
     """One L2-normalised entry m_p per proxy, following its images' features.
 
@@ -123,33 +174,28 @@ class ProxyMemory(nn.Module):
         return cls(sums, momentum)
 
     @torch.no_grad()
-    def update(self, features: Tensor, proxy: Tensor) -> None:
+    def update(self, features: Tensor, proxy: Tensor, together: int = 1) -> None:
         """Move entries towards new features, image by image in batch order.
 
-        m ← μ m + (1 − μ) f, then normalise; images of one proxy compound. Images
-        of different proxies do not touch each other, so the j-th image of every
-        proxy is handled in one step: as many steps as the most frequent proxy has
-        images, not as many as the batch has.
+        m ← μ m + (1 − μ) f, then normalise; images of one proxy compound. Nothing here
+        depends on numbers, so a GPU is not waited for.
 
         Parameters
         ----------
         features : FloatTensor [B, D]
             On the device of the memory.
         proxy : LongTensor [B]
-            Proxy of each; on the CPU the call waits for no GPU work.
+            Proxy of each, on the same device.
+        together : int
+            How many images of a proxy stand together, where every proxy of the batch
+            has that many and stands in one place, as `proxy_batches` draws them: their
+            j-th images are handled in one step. With 1, any batch will do.
         """
-        order = proxy.argsort(stable=True)
-        grouped = proxy[order]
-        position = torch.arange(len(proxy), device=proxy.device)
-        starts = torch.ones_like(grouped, dtype=torch.bool)
-        starts[1:] = grouped[1:] != grouped[:-1]
-        begin = torch.where(starts, position, 0).cummax(0).values
-        turn = torch.empty_like(position)
-        turn[order] = position - begin
-        for j in range(int(turn.max()) + 1 if len(turn) else 0):
-            # Row numbers, since a GPU would be waited for to count a mask.
-            now = (turn == j).nonzero().flatten()
-            target = proxy[now].to(self.centroids.device, non_blocking=True)
-            new = features[now.to(features.device, non_blocking=True)].float()
-            mixed = self.momentum * self.centroids[target] + (1 - self.momentum) * new
-            self.centroids[target] = F.normalize(mixed)
+        if together == 1:  # any order: one image at a time
+            rows = [slice(i, i + 1) for i in range(len(proxy))]
+        else:
+            rows = [slice(j, None, together) for j in range(together)]
+        for row in rows:
+            old, new = self.centroids[proxy[row]], features[row].float()
+            mixed = F.normalize(self.momentum * old + (1 - self.momentum) * new)
+            self.centroids[proxy[row]] = mixed

@@ -23,10 +23,15 @@ from o2cap.data.samplers import instance_batches, proxy_batches
 from o2cap.device import Hardware
 from o2cap.errors import InputError
 from o2cap.evaluation import Evaluator, check_parts, clustering_quality
-from o2cap.features import extract_all
+from o2cap.features import extract_all, standardise_by_camera
 from o2cap.learner import Learner
 from o2cap.neighbours import nearest_neighbours
-from o2cap.proxies import CameraProxies, ProxyMemory, split_by_camera
+from o2cap.proxies import (
+    CameraProxies,
+    ProxyMemory,
+    drop_single_camera,
+    split_by_camera,
+)
 from o2cap.run import (
     Metrics,
     RunDirectory,
@@ -175,21 +180,18 @@ def train_epoch(
     """
     config = learner.config
     generator = learner.begin("train", epoch, learning_rate(config, epoch))
-    batches = proxy_batches(
-        proxies.label,
-        config.iterations,
-        generator,
-        proxies=config.batch.proxies,
-        images=config.batch.images,
-    )
+    number = min(config.batch.proxies, len(proxies))
     # Of several processes each needs two pictures at least, for its batch norms.
-    batches = batches.repeat(1, -(-2 * distributed.size() // batches.shape[1]))
+    images = max(config.batch.images, -(-2 * distributed.size() // number))
+    batches = proxy_batches(
+        proxies.label, config.iterations, generator, proxies=number, images=images
+    )
     there = proxies.to(learner.hardware.device)
     proxy = there.label[batches.to(learner.hardware.device)]
     for own, pictures in zip(proxy, learner.pictures(batches, generator), strict=True):
         anchors = learner.embed(pictures)
         learner.step(method_losses(config, anchors, own, memory, there))
-        memory.update(anchors.detach(), own)
+        memory.update(anchors.detach(), own, images)
     visited = int(proxies.label[batches].unique().numel())
     return learner.end() | {"proxies": len(proxies), "proxies_visited": visited}
 
@@ -241,6 +243,8 @@ def find_clusters(features: Tensor, camids: Tensor, config: Config) -> Tensor:
         Its `clustering` says how.
     """
     settings, n = config.clustering, len(features)
+    if settings.standardise:
+        features = standardise_by_camera(features, camids)
     found = nearest_neighbours(features, min(settings.k1, n), rows=distributed.share(n))
     similarity, index = (distributed.gather(part, n) for part in found)
 
@@ -252,7 +256,10 @@ def find_clusters(features: Tensor, camids: Tensor, config: Config) -> Tensor:
             neighbours=(similarity, index),
             max_distance=settings.eps,  # DBSCAN asks for no larger one
         )
-        return dbscan(distance, settings.eps, settings.min_samples)
+        clusters = dbscan(distance, settings.eps, settings.min_samples)
+        if settings.drop_single_camera:
+            clusters = drop_single_camera(clusters, camids)
+        return clusters
 
     return distributed.on_first(cluster)
 
@@ -285,32 +292,40 @@ def method_losses(
     """
     settings = config.loss
     given = (features, proxy, memory.centroids, proxies)
-    common: dict[str, Any] = {
-        "temperature": settings.temperature,
-        "reduction": settings.reduction,
-    }
+    common: dict[str, Any] = {"temperature": settings.temperature, "reduction": "none"}
+    found = {}
     if config.method == "baseline":
         loss = losses.cluster_loss(*given[:3], temperature=settings.temperature)
         return {"cluster": loss}
     if config.method == "intra":
-        return {"intra": losses.intra_camera_loss(*given, **common)}
+        found["intra"] = losses.intra_camera_loss(*given, **common)
     common["negatives"] = settings.negatives
-    found = {}
-    similarity = own = None
-    if config.method == "both":  # one product with the whole memory serves both losses
-        similarity, own = losses.compare_with_own(*given[:3])
-    if config.method in ("offline", "both"):
-        found["offline"] = losses.offline_loss(*given, **common, similarity=similarity)
+    if config.method == "offline":
+        found["offline"] = losses.offline_loss(*given, **common)
     if config.method in ("online", "both"):
-        found["online"] = losses.online_loss(
-            *given,
-            **common,
-            positives=settings.positives,
-            balance=settings.balance,
-            similarity=similarity,
-            own=own,
-        )
-    return found
+        # One product with the whole memory serves both losses.
+        similarity, own = losses.compare_with_own(*given[:3])
+        how = {"positives": settings.positives, "balance": settings.balance}
+        seen: dict[str, Any] = {"similarity": similarity}
+        if config.method == "both":
+            spare = None
+            if settings.spare_online_positives:
+                mixed = losses.online_similarity(similarity, own, settings.balance)
+                spare = losses.online_positives(
+                    mixed, proxies.camera, settings.positives
+                )
+            found["offline"] = losses.offline_loss(
+                *given, **common, **seen, spare=spare
+            )
+        found["online"] = losses.online_loss(*given, **common, **how, **seen, own=own)
+    weight: Tensor | float = 1.0
+    if settings.camera_entropy:
+        weight = losses.camera_entropy_weights(proxy, proxies)
+    camera = proxies.camera[proxy]
+    return {
+        name: losses.reduce(weight * loss, camera, settings.reduction)
+        for name, loss in found.items()
+    }
 
 
 def learning_rate(config: Config, epoch: int) -> float:

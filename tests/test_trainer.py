@@ -10,6 +10,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from o2cap import config as settings
 from o2cap import evaluation, features, trainer
@@ -1033,7 +1036,7 @@ def test_weights_that_cannot_be_used_are_named(
         load_model(tmp_path)
     content = (whole / "model.safetensors").read_bytes()
     (half / "model.safetensors").write_bytes(content[:2000])
-    with pytest.raises(InputError, match=r"model\.safetensors cannot be read"):
+    with pytest.raises(InputError, match=r"model\.safetensors cannot be used"):
         load_model(half)
     state = load_file(whole / "model.safetensors") | {"pooling.p": torch.ones(())}
     save_file(state, half / "model.safetensors")
@@ -1114,3 +1117,59 @@ def test_a_dead_program_holds_nothing(
     assert "waiting" not in caplog.text
     assert outcome(tmp_path / "run") == outcome(whole)
     assert not (tmp_path / "run/.lock").exists()
+
+
+# ------------------------------------------------------------------- on an accelerator
+
+
+class Watch(TorchDispatchMode):
+    """Counts the operations on a device, and notes those that cross from the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels, self.crossings = 0, []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        leaves = tree_flatten((args, kwargs, found))[0]
+        devices = {x.device.type for x in leaves if isinstance(x, Tensor) and x.dim()}
+        self.kernels += "meta" in devices
+        self.crossings += [str(func)] * (len(devices) > 1)
+        return found
+
+
+@pytest.mark.parametrize("method", ["both", "baseline", "intra"])
+def test_a_step_on_an_accelerator_sends_nothing_and_waits_for_nothing(
+    method: Any, data: ReIDDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device is torch's meta, which has no numbers to look at or to send."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    config = tiny.config(tmp_path, method=method)
+    meta = torch.device("meta")
+    model = trainer.build_model("tiny_resnet", "none", height=32, width=16)
+    pixels = torch.zeros(54, 32, 16, 3, dtype=torch.uint8, device=meta)
+    hardware = trainer.Hardware(meta, "off", 1)
+    learner = trainer.Learner(config, hardware, model, pixels, data.train)
+    clusters = torch.arange(54) % 6
+    proxies = trainer.make_proxies(clusters, data.train.camids, config)
+    memory = trainer.ProxyMemory(torch.zeros(len(proxies), 96, device=meta))
+    there = proxies.to(meta)
+    vars(there)["most_per_cluster"] = proxies.most_per_cluster  # once an epoch
+    generator = learner.begin("train", 0, 1e-3)
+    batches = torch.arange(48).view(6, 8)
+    proxy = proxies.label[batches].to(meta)
+    steps = zip(proxy, learner.pictures(batches, generator), strict=True)
+    counted = []
+    for number, (own, pictures) in enumerate(steps):
+        with Watch() as watch:
+            anchors = learner.embed(pictures)
+            losses = trainer.method_losses(config, anchors, own, memory, there)
+            learner.step(losses)
+            memory.update(anchors.detach(), own)
+        assert watch.crossings == []
+        counted.append(watch.kernels)
+        if number:
+            assert watch.kernels == counted[1]
+    assert counted[1] > 100
