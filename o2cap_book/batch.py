@@ -15,22 +15,27 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from o2cap.config import PRESETS, Config, preset
+from o2cap.config import NO_INFLUENCE, PRESETS, Config, preset
 from o2cap.errors import InputError, TrainingError, unknown
 from o2cap.files import read_json, replacing
-from o2cap_book.records import write_tables
 
-if TYPE_CHECKING:  # torch only where a job runs
+if TYPE_CHECKING:  # what takes long to import, only where it is needed
+    import pandas as pd
+
     from o2cap.run import RunResult
 
 logger = logging.getLogger("o2cap")
@@ -43,6 +48,8 @@ RECORDS = FOLDER / "records"
 OUTPUT = Path("runs/reproduce")
 
 Row = dict[str, Any]
+
+OF_FILE = ("commit", "versions", "python", "platform", "device")
 
 # How far a number may lie from the committed one. The same machine, versions and
 # number of threads give the same digits. Another processor rounds sums differently;
@@ -60,6 +67,35 @@ TOLERANCES = {
 # ------------------------------------------------------------------------ the grid
 
 
+class Block(BaseModel, extra="forbid", strict=True):
+    """Jobs of one preset: every method with every seed, for every value of a study."""
+
+    methods: list[str]
+    seeds: list[int]
+    preset: str | None = None
+    settings: dict[str, Any] = {}
+    study: str | None = None
+    setting: str | None = None
+    values: list[int | float | None] = [None]
+    threads: int = 1
+    mem_mb: int = 4000
+    minutes: int = 60
+
+
+class Target(BaseModel, extra="forbid", strict=True):
+    """What `o2cap reproduce` runs under one name."""
+
+    what: str
+    blocks: list[Block]
+
+
+class Grid(BaseModel, extra="forbid", strict=True):
+    """A file like ``reproduce/grid.yaml``; a method is a name for some settings."""
+
+    methods: dict[str, dict[str, Any]]
+    targets: dict[str, Target]
+
+
 @dataclass(frozen=True)
 class Job:
     """One training run of the grid.
@@ -72,10 +108,11 @@ class Job:
         See :func:`configure`.
     root : str
         Where the data set lies; empty for the rendered ones.
-    study, value
-        The study that varies one setting, and the setting's value; or None.
-    threads, mem_mb, minutes : int
-        What it asks of a cluster's node: cores, memory and time.
+    block : Block
+        Where it is declared: its study, and the cores (``threads``), the memory and
+        the minutes that it asks of a cluster's node.
+    value : number, optional
+        Of the setting that the study varies.
     start : Job, optional
         The job whose warm start it sets out from; without it, from its own.
     """
@@ -84,13 +121,15 @@ class Job:
     preset: str
     dataset: str
     settings: Mapping[str, Any]
-    root: str = ""
-    study: str | None = None
+    root: str
+    block: Block
     value: float | None = None
-    threads: int = 1
-    mem_mb: int = 4000
-    minutes: int = 60
     start: Job | None = None
+
+    @property
+    def study(self) -> str | None:
+        """The study that varies one setting, if it is of one."""
+        return None if self.value is None else self.block.study
 
     @cached_property
     def config(self) -> Config:
@@ -100,22 +139,22 @@ class Job:
     @cached_property
     def name(self) -> str:
         """The job's folder, with a hash: other settings are another job."""
-        study = f"-{self.study}-{self.value:g}" if self.value is not None else ""
+        study = f"-{self.study}-{self.value:g}" if self.study else ""
         seed, key = self.config.seed, self.config.hash()
         return f"{self.dataset}-{self.method}-seed{seed}{study}-{key}"
 
     @property
     def key(self) -> Row:
         """What tells the rows of a record apart."""
-        config = self.config
-        data_seed = None
-        if self.dataset.startswith("synthetic"):
-            data_seed = config.synthetic.seed
-            data_seed = config.seed if data_seed is None else data_seed
+        seed, data_seed = self.config.seed, self.config.synthetic.seed
+        if not self.dataset.startswith("synthetic"):
+            data_seed = None
+        elif data_seed is None:
+            data_seed = seed
         return {
             "dataset": self.dataset,
             "method": self.method,
-            "seed": config.seed,
+            "seed": seed,
             "data_seed": data_seed,
             "study": self.study,
             "value": self.value,
@@ -151,27 +190,14 @@ def configure(name: str, dataset: str, settings: Mapping[str, Any]) -> Config:
     InputError
         For a name that is no setting, or a value that cannot work.
     """
-    config = preset(name, dataset=dataset)
+    plain = preset(name, dataset=dataset).to_dict()
     for path, value in settings.items():
-        try:
-            config = _changed(config, path.split("."), value)
-        except InputError:
-            raise
-        except (TypeError, ValueError) as error:  # many, where a number is compared
-            raise InputError(f"The setting {path} cannot be {value!r}.") from error
-    return config
-
-
-def _changed(record: Any, path: Sequence[str], value: Any) -> Any:
-    known = [field.name for field in fields(record)] if is_dataclass(record) else []
-    if path[0] not in known:
-        raise InputError(unknown("The setting", path[0], known))
-    old = getattr(record, path[0])
-    if path[1:]:
-        value = _changed(old, path[1:], value)
-    elif isinstance(old, float):
-        value = float(value)  # 1 and 1.0 are one setting, and have one hash
-    return replace(record, **{path[0]: value})
+        group, _, setting = path.rpartition(".")
+        place = plain.setdefault(group, {}) if group else plain
+        if not isinstance(place, dict):
+            raise InputError(f"The setting {path} does not exist.")
+        place[setting] = value
+    return TypeAdapter(Config).validate_json(json.dumps(plain))
 
 
 def read_grid(
@@ -193,69 +219,33 @@ def read_grid(
     InputError
         When the file, the target, a method or a setting cannot be used.
     """
-    plain = _grid(grid, target)
-    jobs: dict[str, Job] = {}
-    for block in plain["targets"][target]["blocks"]:
-        try:
-            for job in _jobs_of(block, plain["methods"], dataset, root):
-                jobs[job.name] = job
-        except InputError:
-            raise
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise InputError(
-                f"{grid}: this block of {target} cannot be used ({error}): {block}"
-            ) from error
-    return list(jobs.values())
+    methods, wanted = _read(grid, target)
+    jobs = [
+        j for block in wanted.blocks for j in _expand(block, methods, dataset, root)
+    ]
+    return list({job.name: job for job in jobs}.values())
 
 
-def _grid(grid: str | Path, target: str) -> dict[str, Any]:
+def _read(grid: str | Path, target: str) -> tuple[dict[str, Row], Target]:
+    """Return the methods of a grid, and one of its targets."""
     try:
-        plain = yaml.safe_load(Path(grid).read_text(encoding="utf-8"))
-        known = list(plain["targets"])
-        plain["methods"]["both"]  # whose warm start the others take over
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, LookupError, TypeError) as e:
-        reason = " ".join(str(e).split())
-        raise InputError(f"{grid} cannot be read as a grid: {reason}") from e
-    if target not in known:
-        raise InputError(unknown("The target", target, known))
-    _check_kinds(f"{grid}, target {target}", plain["targets"][target], _TARGET)
-    return plain
+        found = Grid.model_validate(yaml.safe_load(Path(grid).read_text("utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{grid} cannot be read as a grid: {reason}") from error
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        place = ".".join(map(str, wrong["loc"])) or "the whole"
+        raise InputError(f"{grid}, {place}: {wrong['msg']}.") from error
+    if target not in found.targets:
+        raise InputError(unknown("The target", target, found.targets))
+    return found.methods, found.targets[target]
 
 
-_TARGET = {"what": str, "blocks": list}
-_BLOCK = {
-    **{"preset": str, "settings": dict, "methods": list, "seeds": list},
-    **{"study": str, "setting": str, "values": list},
-    **{"threads": int, "mem_mb": int, "minutes": int},
-}
-_KINDS = {dict: "a mapping", list: "a list", str: "text", int: "a whole number"}
-
-
-def _check_kinds(where: str, found: Any, kinds: Mapping[str, type]) -> None:
-    """Refuse a mapping without these entries, or with entries of another kind."""
-    for name, kind in kinds.items():
-        if not isinstance(found, dict) or not isinstance(found.get(name), kind):
-            raise InputError(f"{where}: {name} must be {_KINDS[kind]}.")
-
-
-def _jobs_of(
-    block: Mapping[str, Any],
-    methods: Mapping[str, Mapping[str, Any]],
-    dataset: str | None,
-    root: str | None,
+def _expand(
+    block: Block, methods: Mapping[str, Row], dataset: str | None, root: str
 ) -> Iterator[Job]:
-    block = {key: value for key, value in block.items() if value is not None}
-    for key in block:
-        if key not in _BLOCK:
-            raise InputError(unknown("In a block of the grid,", key, _BLOCK))
-    kinds = {key: _BLOCK[key] for key in block}
-    _check_kinds(f"In the block {block} of the grid", block, kinds)
-    needed = ["methods", "seeds"] + ["setting", "values"] * ("study" in block)
-    for key in needed:
-        if key not in block:
-            raise InputError(f"A block of the grid has no {key}: {dict(block)}")
-    name = block.get("preset")
-    if name is None:
+    if block.preset is None:
         if dataset is None or dataset.startswith("synthetic"):
             raise InputError(
                 "This target runs on real pictures; say which with --dataset and --root"
@@ -268,55 +258,32 @@ def _jobs_of(
             "run the target paper on it."
         )
     else:
-        dataset, root = preset(name).dataset, None
-    resources = {k: block[k] for k in ("threads", "mem_mb", "minutes") if k in block}
-    for value in block.get("values", [None]):
-        for seed in block["seeds"]:
-            shared = {**block.get("settings", {}), "seed": seed}
-            if value is not None:
-                shared[block["setting"]] = value
-            if shared.get("synthetic.seed") == seed:
-                continue  # the default, which another target holds
-            both = Job(
-                "both",
-                name,
-                dataset or "",
-                {**shared, **methods["both"]},
-                root or "",
-                block.get("study"),
-                value,
-                **resources,
-            )
-            start = _default_start(both, block.get("setting"))
-            for method in block["methods"]:
-                if method not in methods:
-                    raise InputError(unknown("The method", method, methods))
-                settings = {**shared, **methods[method]}
-                job = replace(both, method=method, settings=settings)
-                yield replace(job, start=start if _shares(job, start) else None)
+        name, dataset, root = block.preset, preset(block.preset).dataset, ""
+    for method in block.methods:
+        if method not in methods:
+            raise InputError(unknown("The method", method, methods))
+    if not bool(block.study) == bool(block.setting) == (block.values != [None]):
+        raise InputError(f"A study needs study, setting and values: {block!r}")
+    make = partial(Job, preset=name, dataset=dataset, root=root, block=block)
+    for value, seed in product(block.values, block.seeds):
+        if block.setting == "synthetic.seed" and value == seed:
+            continue  # the default, which another target holds
+        usual = {**block.settings, "seed": seed}
+        varied = {**usual, block.setting: value} if block.setting else usual
+        plain = make("both", settings=usual | methods["both"])
+        both = make("both", settings=varied | methods["both"], value=value)
+        for method in block.methods:
+            job = make(method, settings=varied | methods[method], value=value)
+            same = [s for s in (plain, both) if _warm_start(s) == _warm_start(job)]
+            shares = same and same[0].name != job.name and job.config.weights == "none"
+            yield replace(job, start=same[0]) if shares else job
 
 
-def _default_start(both: Job, setting: str | None) -> Job:
-    """Return the job that makes the warm start: `both`, in a study of the loss too.
-
-    What a study changes in clustering and loss comes after the warm start, so that
-    the warm start is that of the ablation.
-    """
-    if setting is None or setting.startswith("synthetic."):
-        return both
-    settings = {k: v for k, v in both.settings.items() if k != setting}
-    return replace(both, settings=settings, study=None, value=None)
-
-
-def _shares(job: Job, both: Job) -> bool:
-    """Say whether a job may take over the warm start of `both`."""
-    mine, other = job.config, both.config
-    made = mine.weights == "none" and mine.warm_start.epochs > 0
-    same = all(
-        getattr(mine, name) == getattr(other, name)
-        for name in ("backbone", "weights", "pooling")
-    )
-    return made and same and job.name != both.name
+def _warm_start(job: Job) -> Row:
+    """Return the settings on which the warm start depends."""
+    after = ("method", "epochs", "iterations", "optim", "batch", "clustering", "loss")
+    plain = job.config.to_dict()
+    return {k: v for k, v in plain.items() if k not in (*after, *NO_INFLUENCE)}
 
 
 # ------------------------------------------------------------------------ the records
@@ -334,42 +301,28 @@ def make_record(run: RunResult, config: Config, cpu: float | None) -> Row:
     cpu : float or None
         Processor seconds of the job; None when an earlier attempt did a part.
     """
-    facts = json.loads((run.directory / "environment.json").read_text("utf-8"))
-    seconds: dict[str, float | None] = {}
-    for epoch in run.history:
-        for stage, duration in epoch["seconds"].items():
-            seconds[stage] = round((seconds.get(stage) or 0) + duration, 3)
     curve = ("epoch", "mAP", "ari", "cameras_per_cluster", "clusters", "outliers")
-    retrieval = list(run.before)
-    quality = ["ari", "nmi", "v_measure", "purity", "clusters", "outliers"]
-    quality += ["cameras_per_cluster", "proxies", "proxies_visited"]
+    quality = (
+        *("ari", "nmi", "v_measure", "purity", "clusters", "outliers"),
+        *("cameras_per_cluster", "proxies", "proxies_visited"),
+    )
+    seconds: Counter[str] = sum((Counter(e["seconds"]) for e in run.history), Counter())
+    facts = ("fingerprint", "device", "precision", *OF_FILE)
     return {
-        "metrics": _rounded(run.final, retrieval),
-        "before": _rounded(run.before, retrieval),
+        "metrics": _rounded(run.final, run.before),
+        "before": _rounded(run.before, run.before),
         "clusters": _rounded(run.final, quality),
         "history": [_rounded(epoch, curve) for epoch in run.history],
-        "seconds": {**seconds, "cpu": None if cpu is None else round(cpu, 1)},
+        "seconds": {**_rounded(seconds, seconds), "cpu": cpu and round(cpu, 1)},
         "config_hash": config.hash(),
-        "fingerprint": facts["fingerprint"],
-        "device": facts["device"],
-        "precision": facts["precision"],
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": facts["commit"],
-        "versions": facts["versions"],
-        "python": facts["python"],
-        "platform": facts["platform"],
+        **{name: run.environment[name] for name in facts},
     }
 
 
 def _rounded(record: Row, names: Iterable[str]) -> Row:
-    return {
-        name: round(record[name], 6) if record[name] is not None else None
-        for name in names
-        if name in record
-    }
-
-
-_OF_FILE = ("commit", "versions", "python", "platform", "device")
+    found = {name: record[name] for name in names if name in record}
+    return {k: v if v is None else round(v, 6) for k, v in found.items()}
 
 
 def collect(
@@ -387,45 +340,31 @@ def collect(
         Those that should have ended, begun or not.
     """
     expected = {job.name for job in due}
-    rows, failures, facts = [], [], []
+    rows, failures = [], []
     for job in jobs:
         place = folder / "jobs" / job.name
-        if (place / "record.json").is_file():
-            try:
-                found = json.loads((place / "record.json").read_text("utf-8"))
-                facts.append({name: found[name] for name in _OF_FILE})
-            except (OSError, ValueError, LookupError, TypeError) as error:
-                said = f"record.json is damaged ({error}); delete it, and run again."
-                failures.append({"job": job.name, "error": said})
-                continue
-            left_out = ("versions", "python", "platform")
-            kept = {k: v for k, v in found.items() if k not in left_out}
-            rows.append(job.key | kept)
-        elif place.is_dir() or job.name in expected:
-            failures.append({"job": job.name, "error": _error(place, job.start)})
-    head = facts[-1] if facts else dict.fromkeys(_OF_FILE)
-    for name in _OF_FILE:
-        if any(other[name] != head[name] for other in facts):
+        try:
+            rows.append(job.key | read_json(place / "record.json"))
+        except InputError:
+            if place.is_dir() or job.name in expected:
+                failures.append({"job": job.name, "error": _reason(place, job.start)})
+    head = {name: rows[-1][name] if rows else None for name in OF_FILE}
+    for name in OF_FILE:
+        if any(row[name] != head[name] for row in rows):
             logger.warning("The rows differ in their %s; the record names one.", name)
+    for row, name in product(rows, ("versions", "python", "platform")):
+        del row[name]
     return {**head, "failures": failures, "rows": rows}
 
 
-def _error(place: Path, start: Job | None) -> str:
-    """Return why a job has no record."""
-    try:
-        notebook = json.loads((place / "notebook.ipynb").read_text(encoding="utf-8"))
-        for cell in notebook["cells"]:
-            for output in cell.get("outputs", []):
-                if output.get("output_type") == "error":
-                    said = f"{output['ename']}: {output['evalue']}"
-                    return said.replace(str(Path.home()), "~")[:300]
-        lines = (place / "log.txt").read_text(encoding="utf-8").split("\n")
-        return [line for line in lines if line.strip()][-1][:300]  # a kernel that died
-    except (OSError, ValueError, LookupError):
-        if place.is_dir():
-            return "It did not end."
-        needs = f"; it needs {start.name}" if start else ""
-        return f"It was not begun{needs}."
+def _reason(place: Path, start: Job | None) -> str:
+    """Return why a job has no record: the last line of its log names the error."""
+    if not place.is_dir():
+        return "It was not begun" + (f"; it needs {start.name}." if start else ".")
+    with contextlib.suppress(OSError, IndexError):
+        text = (place / "log.txt").read_text(encoding="utf-8", errors="replace")
+        return text.strip().splitlines()[-1].replace(str(Path.home()), "~")[:300]
+    return "It did not end."
 
 
 def write_record(record: Mapping[str, Any], path: Path) -> None:
@@ -437,12 +376,12 @@ def write_record(record: Mapping[str, Any], path: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def compare(committed: Sequence[Row], found: Sequence[Row]) -> list[Row]:
+def compare(committed: Sequence[Row], found: Sequence[Row]) -> pd.DataFrame:
     """Return the numbers of two records side by side, for the rows that were found.
 
     Returns
     -------
-    list of dict
+    DataFrame
         ``job``, ``number``, ``committed``, ``found``, ``allowed``, and ``moved``:
         whether they differ by more than is allowed. A fingerprint tells whether the
         pictures are the same; of rendered ones it may differ between machines.
@@ -452,68 +391,109 @@ def compare(committed: Sequence[Row], found: Sequence[Row]) -> list[Row]:
     InputError
         When a row has no committed counterpart.
     """
+    import pandas as pd
+
+    known = {_label(row): row for row in committed}
     lines = []
     for row in found:
-        same = [old for old in committed if _key(old) == _key(row)]
-        job = " ".join(str(part) for part in _key(row) if part is not None)
-        if not same:
+        job = _label(row)
+        if job not in known:
             raise InputError(f"No committed record tells of {job}.")
-        for name, allowed in {"fingerprint": None, **TOLERANCES}.items():
-            old, new = _number(same[0], name), _number(row, name)
+        old, new = _numbers(known[job]), _numbers(row)
+        for number, allowed in {"fingerprint": None, **TOLERANCES}.items():
+            a, b = old[number], new[number]
             if allowed is None:
-                moved = old != new and row["data_seed"] is None
-            elif old is None or new is None:
-                moved = old is not new
+                moved = a != b and row["data_seed"] is None
+            elif a is None or b is None:
+                moved = a is not b
             else:
-                moved = abs(old - new) > allowed
-            line = {"job": job, "number": name, "committed": old, "found": new}
-            lines.append(line | {"allowed": allowed, "moved": moved})
-    return lines
+                moved = abs(a - b) > allowed
+            lines.append((job, number, a, b, allowed, moved))
+    columns = ["job", "number", "committed", "found", "allowed", "moved"]
+    return pd.DataFrame(lines, columns=columns)
 
 
-def _number(row: Row, name: str) -> Any:
-    found: Any = row
-    for part in name.split("."):
-        try:
-            found = found[int(part) if part.isdigit() else part]
-        except LookupError:
-            return None
-    return found
-
-
-def _key(row: Row) -> tuple[Any, ...]:
+def _label(row: Row) -> str:
     names = ("dataset", "method", "seed", "data_seed", "study", "value")
-    return tuple(row.get(name) for name in names)
+    return " ".join(str(row[name]) for name in names if row.get(name) is not None)
+
+
+def _numbers(row: Row) -> Row:
+    return {
+        "fingerprint": row["fingerprint"],
+        "before.mAP": row["before"].get("mAP"),
+        "history.0.ari": row["history"][0].get("ari"),
+        "metrics.mAP": row["metrics"].get("mAP"),
+        "clusters.ari": row["clusters"].get("ari"),
+    }
 
 
 # ------------------------------------------------------------------------ the engine
 
 
-def reproduce(
-    target: str,
-    *,
-    dataset: str | None = None,
-    root: Path | None = None,
-    output: Path = OUTPUT,
-    grid: Path = GRID,
-    only: str = "*",
-    cores: int = 0,
-    dry_run: bool = False,
-    profile: Path | None = None,
-) -> Path | None:
-    """Run a target of the grid, and write its record; finished jobs are not repeated.
+@dataclass(frozen=True)
+class Batch:
+    """What to run.
 
     Parameters
     ----------
-    target, dataset, root, grid
-        See :func:`read_grid`.
-    output : Path
-        Where the jobs work; below it the record is ``records/TARGET.json``, and
-        ``tables/`` holds tables and figures of all records there.
+    target : str
+        A name under ``targets`` of the grid.
+    dataset, root : str and Path, optional
+        The data set of the blocks that name no preset, and where it lies.
+    grid : Path
+        A file like ``reproduce/grid.yaml``.
     only : str
         Pattern of the names of the jobs to run, such as ``*-both-seed1[01]-*``.
     cores : int
         Processor cores to use; 0: all.
+    """
+
+    target: str
+    dataset: str | None = None
+    root: Path | None = None
+    grid: Path = GRID
+    only: str = "*"
+    cores: int = 0
+
+    @property
+    def record(self) -> str:
+        """The name of the record: that of the target, or of real pictures."""
+        paper = self.target == "paper" and self.dataset
+        return f"{self.dataset if paper else self.target}.json"
+
+    @cached_property
+    def jobs(self) -> list[Job]:
+        """All jobs of the target."""
+        place = str(self.root.resolve()) if self.root else ""
+        return read_grid(self.grid, self.target, dataset=self.dataset, root=place)
+
+    @cached_property
+    def chosen(self) -> list[Job]:
+        """The jobs that `only` means."""
+        found = [job for job in self.jobs if fnmatchcase(job.name, self.only)]
+        if not found:
+            names = "\n".join(job.name for job in self.jobs)
+            raise InputError(f"--only {self.only} names none of the jobs:\n{names}")
+        return found
+
+
+def reproduce(
+    batch: Batch,
+    output: Path = OUTPUT,
+    *,
+    dry_run: bool = False,
+    profile: Path | None = None,
+) -> Path | None:
+    """Run jobs of the grid, and write a record; finished jobs are not repeated.
+
+    Parameters
+    ----------
+    batch : Batch
+        What to run.
+    output : Path
+        Where the jobs work; below it the record is ``records/TARGET.json``, and
+        ``tables/`` holds tables and figures of all records there.
     dry_run : bool
         Only say what would run.
     profile : Path, optional
@@ -527,8 +507,7 @@ def reproduce(
     Raises
     ------
     InputError
-        When the engine is not installed, `output` is in use or no folder, or no job is
-        meant.
+        When the engine is not installed, `output` is in use, or no job is meant.
     TrainingError
         When jobs failed; the others have run, and the record tells of both. When the
         engine fails at a dry run.
@@ -538,78 +517,58 @@ def reproduce(
             "o2cap reproduce needs a checkout of the project and its batch engine: "
             "pip install -e '.[reproduce]'."
         )
-    if root is not None and not root.exists():
-        raise InputError(f"--root {root} does not exist.")
-    if profile is not None and not profile.is_dir():
-        raise InputError(f"--profile {profile} is no folder with a Snakemake profile.")
-    place = str(root.resolve()) if root else ""
-    jobs = read_grid(grid, target, dataset=dataset, root=place)
-    chosen = [job for job in jobs if fnmatchcase(job.name, only)]
-    if not chosen:
-        names = "\n".join(job.name for job in jobs)
-        raise InputError(f"--only {only} names none of the jobs:\n{names}")
-    options = ["--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime"]
-    options += ["--dry-run"] if dry_run else []
-    given = {"grid": str(Path(grid).resolve()), "target": target}
-    if dataset:
-        given |= {"dataset": dataset, "root": place}
+    for option, place in {"--root": batch.root, "--profile": profile}.items():
+        if place is not None and not place.exists():
+            raise InputError(f"{option} {place} does not exist.")
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(SNAKEFILE)]
+    command += ["--directory", str(output), "--nolock", "--keep-going"]
+    command += ["--rerun-incomplete", "--rerun-triggers", "mtime"]
+    command += ["--dry-run"] * dry_run
+    given = {"grid": batch.grid.resolve(), "target": batch.target}
+    if batch.dataset is not None:
+        given |= {"dataset": batch.dataset, "root": batch.jobs[0].root}
     if profile is not None:
-        options += ["--profile", str(profile.resolve())]
-        given["gpu"] = str(int(dataset is not None))
+        command += ["--profile", str(profile.resolve())]
+        gpus = int(batch.dataset is not None)
     else:
         gpus = _gpus()
-        given["gpu"] = str(int(gpus > 0))
-        options += ["--cores", str(cores or os.cpu_count() or 1)]
-        options += ["--resources", f"gpu={gpus}"]
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(SNAKEFILE)]
-    command += ["--directory", str(output), "--nolock", *options, "--config"]
-    command += [f"{name}={value}" for name, value in given.items()]
-    command += ["--", *(f"jobs/{job.name}/record.json" for job in chosen)]
-    with _alone(output) as handle:
-        code = _call(command, handle)
+        command += ["--cores", str(batch.cores or os.cpu_count() or 1)]
+        command += ["--resources", f"gpu={gpus}"]
+    given |= {"gpu": min(gpus, 1)}  # of each job
+    command += ["--config", *(f"{name}={value}" for name, value in given.items())]
+    command += ["--", *(f"jobs/{job.name}/record.json" for job in batch.chosen)]
+    code = _call(command, output)
     if dry_run:
         if code:
             raise TrainingError("The batch engine cannot plan the jobs; see above.")
         return None
-    found = collect(jobs, output, chosen)
-    if not any((output / "jobs" / job.name).exists() for job in jobs):
+    if not any((output / "jobs" / job.name).exists() for job in batch.jobs):
         raise TrainingError("The batch engine failed before any job began; see above.")
-    name = _record_name(target, dataset)
     head = {
-        "target": name,
-        "what": " ".join(_grid(grid, target)["targets"][target]["what"].split()),
+        "target": Path(batch.record).stem,
+        "what": " ".join(_read(batch.grid, batch.target)[1].what.split()),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    path = output / "records" / f"{name}.json"
+    found = collect(batch.jobs, output, batch.chosen)
+    path = output / "records" / batch.record
     write_record({**head, **found}, path)
-    if target != "check":  # whose numbers say nothing about the methods
+    if batch.target != "check":  # whose numbers say nothing about the methods
+        from o2cap_book.records import write_tables
+
         write_tables(path.parent, output / "tables")
-    due = {job.name for job in chosen}
-    lacking = [f["job"] for f in found["failures"] if f["job"] in due]
+    failed = {failure["job"] for failure in found["failures"]}
+    lacking = [job.name for job in batch.chosen if job.name in failed]
     if lacking or code:
         raise TrainingError(
-            f"{len(lacking)} of {len(chosen)} jobs have no result: "
+            f"{len(lacking)} of {len(batch.chosen)} jobs have no result: "
             f"{', '.join(lacking)}. The notebook of a failed job, with its traceback, "
             f"is {output}/jobs/NAME/notebook.ipynb; the others are in {path}."
         )
     return path
 
 
-def check(
-    target: str,
-    *,
-    dataset: str | None = None,
-    root: Path | None = None,
-    only: str = "*",
-    cores: int = 0,
-    grid: Path = GRID,
-) -> str:
+def check(batch: Batch) -> str:
     """Run committed jobs anew, and compare the numbers with their records.
-
-    Parameters
-    ----------
-    target, dataset, root, only, cores, grid
-        See :func:`reproduce`.
 
     Returns
     -------
@@ -624,55 +583,30 @@ def check(
         When a number lies outside :data:`TOLERANCES`; shows the table. The runs stay,
         as after a job that failed, and the message says where.
     """
-    name = f"{_record_name(target, dataset)}.json"
-    (committed,) = read_json(RECORDS / name, "rows")
-    place = str(root.resolve()) if root else ""
+    committed = read_json(RECORDS / batch.record, "rows")[0]
     known = {row["config_hash"] for row in committed}
-    for job in read_grid(grid, target, dataset=dataset, root=place):
-        if fnmatchcase(job.name, only) and job.name.rpartition("-")[2] not in known:
+    for job in batch.chosen:
+        if job.config.hash() not in known:
             raise InputError(
                 f"No committed record tells of {job.name}; choose with --only jobs "
-                f"that {RECORDS / name} has."
+                f"that {RECORDS / batch.record} has."
             )
     folder = Path(tempfile.mkdtemp(prefix="o2cap-check-"))
     try:
-        reproduce(
-            target,
-            dataset=dataset,
-            root=root,
-            output=folder,
-            grid=grid,
-            only=only,
-            cores=cores,
-        )
+        reproduce(batch, folder)
     except (InputError, KeyboardInterrupt, SystemExit):  # nothing there to look at
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    (found,) = read_json(folder / "records" / name, "rows")
+    found = read_json(folder / "records" / batch.record, "rows")[0]
     lines = compare(committed, found)
-    columns = ("job", "number", "committed", "found", "allowed")
-    table = [[*columns]]
-    for line in lines:
-        table.append(["" if line[c] is None else str(line[c]) for c in columns])
-    widths = [max(len(row[i]) for row in table) for i in range(len(columns))]
-    shown = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        + ("  moved" if line["moved"] else "")
-        for row, line in zip(table, [{"moved": False}, *lines], strict=True)
-    ]
-    moved = sum(line["moved"] for line in lines)
-    text = "\n".join(line.rstrip() for line in shown)
-    if moved:
+    table = lines.to_string(index=False, na_rep="")
+    if lines.moved.any():
         raise TrainingError(
-            f"{moved} of {len(lines)} numbers are not what the records say; the runs "
-            f"are in {folder}.\n{text}"
+            f"{lines.moved.sum()} of {len(lines)} numbers are not what the records "
+            f"say; the runs are in {folder}.\n{table}"
         )
     shutil.rmtree(folder)
-    return text
-
-
-def _record_name(target: str, dataset: str | None) -> str:
-    return dataset if target == "paper" and dataset else target
+    return table
 
 
 def _gpus() -> int:
@@ -681,46 +615,30 @@ def _gpus() -> int:
     return torch.cuda.device_count()
 
 
-@contextlib.contextmanager
-def _alone(output: Path) -> Iterator[int]:
-    """Make the folder `output`, and hold it for one batch at a time.
+def _call(command: Sequence[str], output: Path) -> int:
+    """Run the engine, alone in the folder `output`; return its exit code.
 
-    Snakemake's own lock outlives a killed process; the system's does not. The engine
-    inherits it, so that it holds while anything of the batch is alive.
+    Snakemake's own lock outlives a killed process; the system's does not.
     """
-    import fcntl  # not on Windows, and needed by nobody else
-
+    output.mkdir(parents=True, exist_ok=True)
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        handle = os.open(output / ".lock", os.O_RDWR | os.O_CREAT)
-    except OSError as error:
-        raise InputError(
-            f"--output {output} cannot be used as a folder ({error.strerror})."
-        ) from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield handle
-    except BlockingIOError as error:
+        with FileLock(output / ".lock", timeout=0):
+            # what people read goes to standard error
+            process = subprocess.Popen(command, stdout=2)
+            try:
+                return process.wait()
+            except BaseException:  # Ctrl-C, or a request to end: let it end in order
+                process.terminate()
+                process.wait()
+                raise
+    except Timeout:
         raise InputError(
             f"Another batch is at work in {output}; wait for it, or choose another "
             "--output."
-        ) from error
-    finally:
-        os.close(handle)
+        ) from None
 
 
-def _call(command: Sequence[str], handle: int) -> int:
-    # what people read goes to standard error
-    process = subprocess.Popen(command, pass_fds=[handle], stdout=2)
-    try:
-        return process.wait()
-    except BaseException:  # Ctrl-C, or a request to end: let it end in order
-        process.terminate()
-        process.wait()
-        raise
-
-
-_held: list[Any] = []
+_held: list[FileLock] = []  # until the process ends
 
 
 def free_gpu() -> str:
@@ -729,19 +647,14 @@ def free_gpu() -> str:
     The engine starts as many jobs as there are GPUs, but does not tell a job which
     is its own. A lock that ends with the process does.
     """
-    import fcntl
-
     import torch
 
     for index in range(torch.cuda.device_count()):
         uuid = torch.cuda.get_device_properties(index).uuid
         name = f"o2cap-{os.getuid()}-gpu-{uuid}.lock"
-        file = (Path(tempfile.gettempdir()) / name).open("w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            continue
-        _held.append(file)  # until the process ends
-        return f"cuda:{index}"
+        lock = FileLock(Path(tempfile.gettempdir()) / name)
+        with contextlib.suppress(Timeout):
+            lock.acquire(timeout=0)
+            _held.append(lock)
+            return f"cuda:{index}"
     return "auto"

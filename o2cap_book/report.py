@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import base64
-import contextlib
-import json
+import io
 import math
-from collections.abc import Iterable, Sequence
-from html import escape
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
-from string import Template
 from typing import Any
 
-import numpy as np
+import jinja2
+import pandas as pd
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from o2cap.config import PRESETS, Config, load
+from o2cap.config import PRESETS, Config
 from o2cap.data import load_configured
 from o2cap.data.images import ImageSet, ReIDDataset
-from o2cap.data.loading import decode
 from o2cap.errors import InputError
 from o2cap.evaluation import evaluate_retrieval
-from o2cap.files import replacing, usable
-from o2cap.inference import UNREADABLE, embed
-from o2cap.sheets import contact_sheet, ranked_lists
+from o2cap.files import replacing
+from o2cap.inference import embed
+from o2cap.proxies import split_by_camera
+from o2cap.run import RunResult, read_run
+from o2cap.sheets import best_matches, contact_sheet, ranked_lists
 from o2cap_book.figures import (
     Figure,
     camera_spread,
@@ -38,6 +38,30 @@ from o2cap_book.figures import (
 
 METRICS = {"mAP": "mAP", "rank1": "rank-1", "rank5": "rank-5", "rank10": "rank-10"}
 MAPPED = 1000  # pictures on the map: more take minutes and only blacken it
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure of the page: PNG, what it shows in words, and what to see in it."""
+
+    image: Figure | Image
+    alt: str
+    caption: str = ""
+
+    @property
+    def data(self) -> str:
+        """The PNG file, in base64."""
+        if isinstance(self.image, Figure):
+            return base64.b64encode(self.image.png()).decode()
+        self.image.save(content := io.BytesIO(), "PNG")
+        return base64.b64encode(content.getvalue()).decode()
+
+    @property
+    def width(self) -> float:
+        """In pixels of the page; a sheet is twice as fine."""
+        if isinstance(self.image, Figure):
+            return 96 * self.image.get_size_inches()[0]
+        return self.image.width / 2
 
 
 def report(
@@ -69,26 +93,32 @@ def report(
     InputError
         When the directory is no run, or holds no finished epoch, or is damaged.
     """
-    with usable(run):
-        is_run = (run / "config.yaml").is_file()
-    if not is_run:
-        raise InputError(f"{run} is no run directory (it has no config.yaml).")
-    config = load(run / "config.yaml")
-    history, clusters, environment, summary = _read(run)
-    missing, dataset = _same_data(config, environment, dataset)
-    warnings = _warnings(config, history, summary) + ([missing] if missing else [])
-    body = [
-        _headline(run, config, history, environment, summary),
-        _notes(warnings),
-        _curves(history),
-        _clusters(config, clusters, dataset),
-        _retrieval(run, config, dataset, summary, clusters, device),
-        _timing(history),
-        _settings(config),
-        _environment(environment),
-    ]
-    title = escape(f"{environment['dataset']}, {config.method}: an O2CAP run")
-    page = Template(_PAGE).substitute(title=title, body="\n".join(body))
+    found = read_run(run, finished=False)
+    if not found.history:
+        raise InputError(f"{run} holds no finished epoch to report.")
+    try:
+        clusters = [found.clusters(epoch) for epoch in range(len(found.history))]
+    except Exception as error:  # numpy raises many kinds on damaged files
+        raise InputError(f"The run in {run} is damaged ({error}).") from error
+    data, missing = _same_data(found, dataset)
+    has_clusters = bool((clusters[-1] >= 0).any())
+    finished = (run / "summary.json").is_file()
+    loader = jinja2.PackageLoader("o2cap_book", "")
+    pages = jinja2.Environment(autoescape=True, trim_blocks=True, loader=loader)
+    facts = _flat(found.environment)
+    page = pages.get_template("report.html.j2").render(
+        run=found,
+        name=run.resolve().name,
+        tiles=_tiles(found),
+        notes=[*_notes(found, finished), *missing],
+        curves=_curves(found.history),
+        clusters=_clusters(found.config, clusters, data) if has_clusters else [],
+        searched=bool(data and len(data.query)),
+        search=_search(found, data, clusters[-1], device) if data and finished else [],
+        seconds=sum((Counter(r["seconds"]) for r in found.history), Counter()),
+        settings=_settings(found.config),
+        environment={k: v for k, v in facts.items() if not k.startswith("counts.")},
+    )
     path = run / "report.html"
     with replacing(path) as temporary:
         # A file name that is no valid UTF-8 may stand in an error message.
@@ -96,70 +126,30 @@ def report(
     return path
 
 
-# ------------------------------------------------------------------------------ reading
-
-
-def _read(run: Path) -> tuple[list[dict[str, Any]], list[Tensor], dict, dict | None]:
-    """Return records, pseudo labels, environment, and the summary if there is one."""
-    try:
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        history = [json.loads(line) for line in lines]
-        clusters = []
-        for record in history:
-            name = run / f"pseudo_labels/epoch_{record['epoch']:03d}.npz"
-            with np.load(name, allow_pickle=False) as file:
-                clusters.append(torch.from_numpy(file["clusters"]))
-        environment = json.loads((run / "environment.json").read_text("utf-8"))
-        for needed in ("dataset", "started", "fingerprint", "counts"):
-            environment[needed]
-        done = run / "summary.json"
-        summary = json.loads(done.read_text("utf-8")) if done.is_file() else None
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{run} holds no finished epoch to report (no {error.filename})."
-        ) from error
-    except UNREADABLE as error:
-        raise InputError(f"The run in {run} is damaged ({error}).") from error
-    if not history:
-        raise InputError(f"{run} holds no finished epoch to report.")
-    return history, clusters, environment, summary
-
-
 def _same_data(
-    config: Config, environment: dict[str, Any], dataset: ReIDDataset | None
-) -> tuple[str, ReIDDataset | None]:
-    """Return the pictures of the run, or None and the reason why they are not there.
-
-    They are those of the data set that could be read, where others were to be left out.
-    """
+    run: RunResult, dataset: ReIDDataset | None
+) -> tuple[ReIDDataset | None, list[str]]:
+    """Return the pictures of the run, or None and the reason why they are not there."""
     try:
-        dataset = dataset or load_configured(config)
-        known = environment["fingerprint"]
-        if dataset.fingerprint() == known and config.skip_unreadable:
-            readable = (
-                decode(images, 1, 1, skip_unreadable=True)[1] if len(images) else images
-                for images in dataset.splits().values()
-            )
-            dataset = ReIDDataset(dataset.name, *readable)
-            # (A run of an older version does not say.)
-            same = {"kept": dataset.fingerprint()}
-            known = environment.get("unreadable", same)["kept"] or known
-        if dataset.fingerprint() == known:
-            return "", dataset
-        reason = "the data set found is not the one the run was trained on"
+        dataset = dataset or load_configured(run.config)
+        if dataset.fingerprint() != run.environment["fingerprint"]:
+            raise InputError("the data set found is not the one the run was trained on")
     except (InputError, OSError) as error:
-        reason = str(error)
-    return f"Parts that need the pictures are left out: {reason}", None
+        return None, [f"Parts that need the pictures are left out: {error}"]
+    listed = run.directory / "unreadable.txt"
+    text = listed.read_text("utf-8", "surrogateescape") if listed.is_file() else ""
+    lost = set(text.splitlines())
+    kept = torch.tensor([str(path) not in lost for path in dataset.train.paths])
+    return replace(dataset, train=dataset.train.select(kept)), []
 
 
-def _warnings(
-    config: Config, history: list[dict[str, Any]], summary: dict[str, Any] | None
-) -> list[str]:
-    found = []
-    if summary is None:
+def _notes(run: RunResult, finished: bool) -> list[str]:
+    """Return what a reader must know first."""
+    found, history = [], run.history
+    if not finished:
         found.append(
-            f"The run is not finished: {len(history)} of {config.epochs} epochs are "
-            "done. The same o2cap train command goes on with it."
+            f"The run is not finished: {len(history)} of {run.config.epochs} epochs "
+            "are done. The same o2cap train command goes on with it."
         )
     if skipped := [str(r["epoch"]) for r in history if r.get("skipped")]:
         found.append(
@@ -174,312 +164,43 @@ def _warnings(
             f"(epoch {worst['epoch']}: {worst['proxies_visited']} of "
             f"{worst['proxies']}). More iterations would reach them."
         )
-    if "mAP" not in history[-1]:
+    if "mAP" not in run.final:
         found.append(
             "There is no mAP: the data have no query and gallery with identities."
-            if summary
+            if finished
             else "The last epoch was not evaluated."
         )
     return found
 
 
-# ----------------------------------------------------------------------------- sections
-
-
-def _headline(
-    run: Path,
-    config: Config,
-    history: list[dict[str, Any]],
-    environment: dict[str, Any],
-    summary: dict[str, Any] | None,
-) -> str:
-    final, before = history[-1], (summary or {}).get("before", {})
-    tiles = []
+def _tiles(run: RunResult) -> list[tuple[str, str, str]]:
+    """Return the headline numbers: name, value, and what to hold it against."""
+    final, tiles = run.final, []
     for key, name in METRICS.items():
         if key in final:
-            was = f"before training {before[key]:.1%}" if key in before else ""
+            before = run.before.get(key)
+            was = "" if before is None else f"before training {before:.1%}"
             tiles.append((name, f"{final[key]:.1%}", was))
-    people = environment["counts"]["train"]["identities"]
+    people = run.environment["counts"]["train"]["identities"]
     true = f"for {people} identities" if people else "identities unknown"
     tiles.append(("clusters", f"{final['clusters']:,}", true))
     if math.isfinite(final.get("ari", math.nan)):
-        was = f"in the first epoch {history[0].get('ari', 0):.2f}"
+        was = f"in the first epoch {run.history[0].get('ari', 0):.2f}"
         tiles.append(("ARI of the clusters", f"{final['ari']:.2f}", was))
-    items = "".join(
-        f"<div><dt>{escape(name)}</dt><dd><b>{value}</b> <span>{note}</span></dd></div>"
-        for name, value, note in tiles
-    )
-    return (
-        f"<header><h1>{escape(environment['dataset'])}, method "
-        f"<em>{escape(config.method)}</em></h1>"
-        f"<p>Epoch {final['epoch']}, the last of {len(history)}; seed {config.seed}; "
-        f"started {escape(environment['started'])}; "
-        f"<code>{escape(run.resolve().name)}</code></p>"
-        f'<dl class="tiles">{items}</dl></header>'
-    )
+    return tiles
 
 
-def _notes(warnings: list[str]) -> str:
-    if not warnings:
-        return ""
-    items = "".join(f"<li>{escape(text)}</li>" for text in warnings)
-    return f'<section class="notes"><h2>To know first</h2><ul>{items}</ul></section>'
-
-
-def _curves(history: list[dict[str, Any]]) -> str:
+def _curves(history: list[dict[str, Any]]) -> Picture:
     first, last = history[0], history[-1]
     names = {"clusters": "clusters", "outliers": "outliers", "loss": "loss"}
     names |= {"cameras_per_cluster": "cameras per cluster", "ari": "ARI", "mAP": "mAP"}
-    alt = "Curves over the epochs. First and last epoch: " + "; ".join(
-        f"{name} {_short(first.get(key))} and {_short(last.get(key))}"
+    ends = [
+        f"{name} {' and '.join(_short(record.get(key)) for record in (first, last))}"
         for key, name in names.items()
         if key in first or key in last
-    )
-    return _section("Curves", _figure(training_curves(history), alt, ""))
-
-
-def _clusters(
-    config: Config, clusters: list[Tensor], dataset: ReIDDataset | None
-) -> str:
-    last = clusters[-1]
-    inside = int((last >= 0).sum())
-    if not inside:
-        return _section("Clusters", "<p>The last epoch has no cluster.</p>")
-    stayed = ""
-    if len(clusters) > 1:
-        share = fates(clusters)[-1] / len(last)
-        stayed = f" Since the epoch before, {share[0]:.0%} stayed in their cluster."
-    parts = [
-        _figure(
-            cluster_flow(clusters),
-            f"Pictures moving between clusters over {len(clusters)} epochs. In the "
-            f"last, {inside} of {len(last)} pictures are in a cluster.{stayed}",
-            "Above: what became of all pictures since the epoch before; a cluster is "
-            "followed by the pictures it shares with the next epoch's. Below: a line "
-            "for each picture of the largest final clusters. White is an outlier, "
-            "grey another cluster, which may have been merged or dissolved.",
-        )
     ]
-    if dataset is not None:
-        images = dataset.train
-        parts.append(_spread(clusters, images.camids))
-        largest = last[last >= 0].bincount().argsort(descending=True, stable=True)[:6]
-        rows = torch.where(torch.isin(last, largest), last, -1)
-        parts.append(
-            _figure(
-                contact_sheet(images, rows, name="cluster"),
-                f"Contact sheet of the {len(largest)} largest clusters by camera.",
-                "The largest clusters of the last epoch: is each row one identity?",
-            )
-        )
-    return _section("Clusters", *parts)
-
-
-def _spread(clusters: list[Tensor], camids: Tensor) -> str:
-    shown = {"last epoch": clusters[-1]}
-    if len(clusters) > 1 and bool((clusters[0] >= 0).any()):
-        shown = {"first epoch": clusters[0]} | shown
-    counts = {}
-    for name, labels in shown.items():
-        each = [
-            int(camids[labels == c].unique().numel())
-            for c in labels[labels >= 0].unique()
-        ]
-        counts[name] = f"{sum(n == 1 for n in each)} of {len(each)}"
-    alt = "Clusters by number of cameras. In one camera only: " + "; ".join(
-        f"{name} {count}" for name, count in counts.items()
-    )
-    return _figure(
-        camera_spread(shown, camids),
-        alt,
-        "Clusters that only one camera sees cannot teach what changes between cameras.",
-    )
-
-
-def _retrieval(
-    run: Path,
-    config: Config,
-    dataset: ReIDDataset | None,
-    summary: dict[str, Any] | None,
-    clusters: list[Tensor],
-    device: str,
-) -> str:
-    if dataset is None or summary is None:
-        return ""
-
-    def features(images: ImageSet) -> tuple[ImageSet, Tensor]:
-        found = embed(
-            run, images, device=device, skip_unreadable=config.skip_unreadable
-        )
-        return found.images, found.features
-
-    if not len(dataset.query):
-        few = torch.linspace(0, len(clusters[-1]) - 1, MAPPED).long().unique()
-        images, placed = features(dataset.train)
-        images, labels = images.select(few), clusters[-1][few]
-        return _section(
-            "Map of the training pictures",
-            _map(images, placed[few], labels if bool((labels >= 0).any()) else None),
-        )
-    query, asked = features(dataset.query)
-    gallery, searched = features(dataset.gallery)
-    assert gallery.pids is not None
-    parts = [_ranked(query, gallery, asked, searched)]
-    # whole identities, and not those that stand for «nobody in particular» (0)
-    some = gallery.pids.argsort(descending=True, stable=True)[:MAPPED]
-    parts.append(_map(gallery.select(some), searched[some], None))
-    return _section("Search in the gallery, and its map", *parts)
-
-
-def _ranked(query: ImageSet, gallery: ImageSet, asked: Tensor, searched: Tensor) -> str:
-    """Return the ranked lists of the three best and the three worst queries."""
-    assert query.pids is not None and gallery.pids is not None
-    examined = torch.linspace(0, len(query) - 1, 200).long().unique()
-    precision = {}
-    for i in examined.tolist():
-        one = slice(i, i + 1)
-        with contextlib.suppress(InputError):  # a query without a match
-            precision[i] = evaluate_retrieval(
-                asked[one],
-                searched,
-                query.pids[one],
-                gallery.pids,
-                query.camids[one],
-                gallery.camids,
-            ).mAP
-    order = sorted(precision, key=lambda i: precision[i])
-    text = f"of {len(order)} queries"
-    if len(examined) < len(query):
-        text += f" (evenly chosen from {len(query):,})"
-    parts = []
-    for name, chosen in (("best", order[-3:][::-1]), ("worst", order[:3])):
-        scores = [f"AP {precision[i]:.0%}" for i in chosen]
-        index = torch.tensor(chosen)
-        lists = ranked_lists(
-            query.select(index), gallery, asked[index] @ searched.T, notes=scores
-        )
-        parts.append(
-            _figure(
-                lists,
-                f"Ranked lists of the {name} queries, {', '.join(scores)}.",
-                f"The {name} {text} by average precision (AP). Pictures of the "
-                "query's own identity and camera are left out, as the metrics do.",
-            )
-        )
-    return "".join(parts)
-
-
-def _map(images: ImageSet, features: Tensor, clusters: Tensor | None) -> str:
-    if len(images) < 8:
-        return "<p>There are too few pictures for a map.</p>"
-    name = "identity" if clusters is None else "cluster"
-    placed = project(features)
-    return _figure(
-        embedding_map(placed, images, clusters, name=name),
-        f"UMAP map of {len(images)} pictures by {name} and by camera, trustworthiness "
-        f"{placed.trustworthiness:.2f}.",
-        f"One point is one picture. Good: each {name} in one place (left), cameras "
-        "mixed (right). Distances between far groups mean nothing.",
-    )
-
-
-def _timing(history: list[dict[str, Any]]) -> str:
-    stages: dict[str, float] = {}
-    for record in history:
-        for stage, seconds in record["seconds"].items():
-            stages[stage] = stages.get(stage, 0) + seconds
-    total = sum(stages.values()) or 1
-    rows = [
-        (
-            escape(stage),
-            f"{seconds:,.1f}",
-            f"{seconds / len(history):,.2f}",
-            f'<span class="bar" style="width:{8 * seconds / total:.2f}em"></span> '
-            f"{seconds / total:.0%}",
-        )
-        for stage, seconds in stages.items()
-    ]
-    header = ("stage", "seconds", "seconds per epoch", "share")
-    return _section("Time", _table(header, rows, "Seconds per stage of the epochs"))
-
-
-def _settings(config: Config) -> str:
-    usual = PRESETS.get(config.preset)
-    before = _flat(usual.to_dict()) if usual else {}
-    here = _flat(config.to_dict())
-    rows = [
-        (
-            escape(name),
-            escape(str(value)),
-            "" if before.get(name, value) == value else escape(str(before[name])),
-        )
-        for name, value in here.items()
-    ]
-    header = ("setting", "value", f"in the preset {config.preset}, if it differs")
-    changed = [row for row in rows if row[2]]
-    table = _table(header, rows, "All settings")
-    return _section(
-        "Configuration",
-        _table(header, changed, "Settings changed") if changed else "",
-        f"<details><summary>All settings</summary>{table}</details>",
-    )
-
-
-def _environment(environment: dict[str, Any]) -> str:
-    counts = environment["counts"]
-    columns = ("images", "identities", "cameras")
-    data = [(escape(k), *(f"{counts[k][c]:,}" for c in columns)) for k in counts]
-    facts = _flat({k: v for k, v in environment.items() if k != "counts"})
-    rows = [(escape(k), escape(str(v))) for k, v in facts.items()]
-    return _section(
-        "Data and environment",
-        _table(("part", *columns), data, "Data (0 identities: unknown)"),
-        _table(("fact", "value"), rows, "Environment"),
-    )
-
-
-# --------------------------------------------------------------------------------- HTML
-
-
-def _section(title: str, *parts: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{''.join(parts)}</section>"
-
-
-def _figure(figure: Figure | Image, alt: str, caption: str) -> str:
-    data = base64.b64encode(figure._repr_png_() or b"").decode()
-    below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    if isinstance(figure, Image):
-        width = figure.width / 2  # sharp on a fine screen, too
-    else:
-        width = figure.get_size_inches()[0] * 96
-    return (
-        f'<figure><div class="wide" tabindex="0"><img alt="{escape(alt)}" '
-        f'src="data:image/png;base64,{data}" width="{width:.0f}"></div>{below}</figure>'
-    )
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> str:
-    """Return a table; `header` and `caption` are text, cells are HTML."""
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
-    body = "".join(
-        f'<tr><th scope="row">{first}</th>'
-        + "".join(f"<td>{cell}</td>" for cell in rest)
-        + "</tr>"
-        for first, *rest in rows
-    )
-    return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="{escape(caption)}">'
-        f"<table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>"
-        f"<tbody>{body}</tbody></table></div>"
-    )
-
-
-def _flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in plain.items():
-        deeper = isinstance(value, dict)
-        found |= _flat(value, f"{prefix}{name}.") if deeper else {prefix + name: value}
-    return found
+    alt = f"Curves over the epochs. First and last epoch: {'; '.join(ends)}"
+    return Picture(training_curves(history), alt)
 
 
 def _short(value: float | None) -> str:
@@ -488,52 +209,116 @@ def _short(value: float | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:.3g}"
 
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="color-scheme" content="light dark">
-<title>$title</title>
-<style>
-:root { --text: #1b1f24; --soft: #57606a; --back: #fff; --card: #f3f5f7;
-  --line: #d0d7de; --accent: #0072b2; --note: #d55e00 }
-@media (prefers-color-scheme: dark) { :root { --text: #e8ebee; --soft: #a7b0ba;
-  --back: #14171a; --card: #1f2429; --line: #3b434b; --accent: #56b4e9;
-  --note: #e69f00 } }
-body { margin: 0 auto; max-width: 62rem; padding: 1rem; background: var(--back);
-  color: var(--text); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: break-word }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: .5rem 0 }
-h1 em { font-style: normal; color: var(--accent) }
-h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem }
-header p, figcaption, caption, dd span { color: var(--soft) }
-.tiles { display: grid; gap: .6rem; margin: 1rem 0;
-  grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)) }
-.tiles div { background: var(--card); border-radius: .5rem; padding: .6rem .8rem }
-dt { font-size: .9rem } dd { margin: 0 } dd b { font-size: 1.6rem; display: block }
-dd span { font-size: .85rem }
-.notes { border-left: .3rem solid var(--note); padding-left: 1rem; margin-top: 1.5rem }
-.notes h2 { margin-top: 0 } .notes ul { padding-left: 1.1rem }
-figure { margin: 1rem 0 2rem }
-img { max-width: 100%; height: auto; background: #fff; border-radius: .5rem }
-@media (max-width: 36rem) { img { max-width: none; width: 36rem } }
-figcaption { max-width: 45rem; font-size: .95rem }
-.wide { overflow-x: auto }
-table { border-collapse: collapse; margin: .5rem 0 1rem; font-size: .95rem }
-caption { text-align: left; padding-bottom: .3rem }
-th, td { text-align: left; padding: .25rem .8rem .25rem 0; vertical-align: top;
-  border-bottom: 1px solid var(--line) }
-tbody th { font-weight: normal; white-space: nowrap }
-.bar { display: inline-block; height: .7em; background: var(--accent) }
-summary { cursor: pointer }
-</style>
-</head>
-<body>
-<main>
-$body
-</main>
-</body>
-</html>
-"""
+def _clusters(
+    config: Config, clusters: list[Tensor], dataset: ReIDDataset | None
+) -> list[Picture]:
+    last = clusters[-1]
+    inside = int((last >= 0).sum())
+    stayed = ""
+    if len(clusters) > 1:
+        share = fates(clusters)[-1][0] / len(last)
+        stayed = f" Since the epoch before, {share:.0%} stayed in their cluster."
+    flow = Picture(
+        cluster_flow(clusters),
+        f"Pictures moving between clusters over {len(clusters)} epochs. In the "
+        f"last, {inside} of {len(last)} pictures are in a cluster.{stayed}",
+        "Above: what became of all pictures since the epoch before; a cluster is "
+        "followed by the pictures it shares with the next epoch's. Below: a line "
+        "for each picture of the largest final clusters. White is an outlier, "
+        "grey another cluster, which may have been merged or dissolved.",
+    )
+    if dataset is None:
+        return [flow]
+    shown = {"last epoch": last}
+    if len(clusters) > 1 and bool((clusters[0] >= 0).any()):
+        shown = {"first epoch": clusters[0]} | shown
+    single = []
+    for name, labels in shown.items():
+        cameras = split_by_camera(labels, dataset.train.camids).cluster.bincount()
+        single.append(f"{name} {int((cameras == 1).sum())} of {len(cameras)}")
+    spread = Picture(
+        camera_spread(shown, dataset.train.camids),
+        f"Clusters by number of cameras. In one camera only: {'; '.join(single)}",
+        "Clusters that only one camera sees cannot teach what changes between cameras.",
+    )
+    largest = last[last >= 0].bincount().argsort(descending=True, stable=True)[:6]
+    rows = torch.where(torch.isin(last, largest), last, -1)
+    sheet = Picture(
+        contact_sheet(dataset.train, rows, name="cluster"),
+        f"Contact sheet of the {len(largest)} largest clusters by camera.",
+        "The largest clusters of the last epoch: is each row one identity?",
+    )
+    return [flow, spread, sheet]
+
+
+def _search(
+    run: RunResult, dataset: ReIDDataset, clusters: Tensor, device: str
+) -> list[Picture]:
+    """Return ranked lists and a map of the gallery; else a map of the clusters."""
+
+    def features(images: ImageSet) -> tuple[ImageSet, Tensor]:
+        found = embed(
+            run.directory,
+            images,
+            device=device,
+            skip_unreadable=run.config.skip_unreadable,
+        )
+        return found.images, found.features
+
+    if not len(dataset.query):
+        few = torch.linspace(0, len(clusters) - 1, MAPPED).long().unique()
+        images, placed = features(dataset.train.select(few))
+        labels = clusters[few] if bool((clusters[few] >= 0).any()) else None
+        return _map(images, placed, labels)
+    query, asked = features(dataset.query)
+    gallery, searched = features(dataset.gallery)
+    assert query.pids is not None and gallery.pids is not None
+    identities, cameras = (query.pids, gallery.pids), (query.camids, gallery.camids)
+    metrics = evaluate_retrieval(asked, searched, *identities, *cameras)
+    precision = torch.as_tensor(metrics.average_precision)
+    order = precision.argsort()[: int(precision.isfinite().sum())]  # NaN is last
+    found = []
+    for name, chosen in (("best", order[-3:].flip(0)), ("worst", order[:3])):
+        scores = [f"AP {p:.0%}" for p in precision[chosen].tolist()]
+        pair = query.select(chosen), gallery
+        matches = best_matches(*pair, asked[chosen] @ searched.T)
+        lists = ranked_lists(*pair, *matches, notes=scores)
+        alt = f"Ranked lists of the {name} queries, {', '.join(scores)}."
+        caption = (
+            f"The {name} of {len(order)} queries by average precision (AP). Pictures "
+            "of the query's own identity and camera are left out, as the metrics do."
+        )
+        found.append(Picture(lists, alt, caption))
+    # whole identities, and not those that stand for «nobody in particular» (0)
+    some = gallery.pids.argsort(descending=True, stable=True)[:MAPPED]
+    return found + _map(gallery.select(some), searched[some], None)
+
+
+def _map(images: ImageSet, features: Tensor, clusters: Tensor | None) -> list[Picture]:
+    if len(images) < 8:  # too few for a map
+        return []
+    name = "identity" if clusters is None else "cluster"
+    placed = project(features)
+    alt = f"UMAP map of {len(images)} pictures by {name} and by camera, trustworthiness"
+    caption = (
+        f"One point is one picture. Good: each {name} in one place (left), cameras "
+        "mixed (right). Distances between far groups mean nothing."
+    )
+    image = embedding_map(placed, images, clusters, name=name)
+    return [Picture(image, f"{alt} {placed.trustworthiness:.2f}.", caption)]
+
+
+def _settings(config: Config) -> list[tuple[str, Any, str]]:
+    """Return each setting: name, value, and that of the preset where it differs."""
+    here = _flat(config.to_dict())
+    usual = PRESETS.get(config.preset)
+    before = here | (_flat(usual.to_dict()) if usual else {})
+    return [
+        (name, value, "" if before[name] == value else str(before[name]))
+        for name, value in here.items()
+    ]
+
+
+def _flat(plain: dict[str, Any]) -> dict[str, Any]:
+    """Return nested entries under their path, ``clustering.k1``."""
+    return pd.json_normalize(plain).to_dict("records")[0]

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,12 +19,13 @@ import pytest
 import tiny
 import torch
 import yaml
+from filelock import FileLock
 
 from o2cap.config import WarmStartConfig, preset
 from o2cap.errors import InputError, TrainingError
 from o2cap.trainer import train
 from o2cap_book import batch
-from o2cap_book.batch import GRID, RECORDS, Job, compare, configure, read_grid
+from o2cap_book.batch import GRID, RECORDS, Batch, Job, compare, configure, read_grid
 from o2cap_book.records import default_value
 
 EMBEDDED = ("ablation", "vehicles", "studies")
@@ -72,8 +74,7 @@ def test_names_are_unique_and_change_with_the_settings() -> None:
     jobs = [job for target in EMBEDDED for job in jobs_of(target)]
     assert len({job.name for job in jobs}) == len(jobs)
     job = jobs[0]
-    changed = Job(job.method, job.preset, job.dataset, {**job.settings, "epochs": 3})
-    assert changed.name != job.name
+    assert replace(job, settings={**job.settings, "epochs": 3}).name != job.name
 
 
 def test_a_row_is_told_apart_by_its_key() -> None:
@@ -139,21 +140,20 @@ def test_the_crossed_design_leaves_out_what_the_ablation_holds() -> None:
     ("change", "said"),
     [
         ({"methods": ["bth"]}, "Did you mean both"),
-        ({"settings": {"clustering.epps": 3}}, "Did you mean eps"),
-        ({"settings": {"epochs.k1": 3}}, "'k1' does not exist"),
+        ({"settings": {"clustering.epps": 3}}, "Did you mean clustering.eps"),
+        ({"settings": {"epochs.k1": 3}}, "epochs.k1 does not exist"),
         ({"settings": {"clustering.k1": 0}}, "greater than or equal to 1"),
+        ({"settings": {"epochs": "many"}}, "--epochs is many"),
         ({"preset": "smok"}, "Did you mean smoke"),
         ({"preset": None}, "--dataset market1501 --root DIR"),
-        ({"seed": [1]}, "Did you mean seeds"),
-        ({"study": "eps"}, "no setting"),
-        ({"seeds": 3}, "seeds must be a list"),
-        ({"seeds": None}, "has no seeds"),
-        ({"methods": "both"}, "methods must be a list"),
-        ({"threads": "many"}, "threads must be a whole number"),
-        ({"settings": {"epochs": "many"}}, "--epochs is many"),
-        ({"settings": {"optim.lr": "fast"}}, "setting optim.lr cannot be 'fast'"),
-        ({"methods": [["both"]]}, "this block of it cannot be used"),
-        ({"study": "method", "setting": "method", "values": ["intra"]}, "this block"),
+        ({"seed": [1]}, r"targets\.it\.blocks\.0\.seed: Extra inputs"),
+        ({"study": "eps"}, "needs study, setting and values"),
+        ({"study": "eps", "values": [0.4]}, "needs study, setting and values"),
+        ({"seeds": 3}, r"seeds: Input should be a valid list"),
+        ({"seeds": None}, r"seeds: Input should be a valid list"),
+        ({"methods": [["both"]]}, r"methods\.0: Input should be a valid string"),
+        ({"threads": "many"}, r"threads: Input should be a valid integer"),
+        ({"study": "m", "setting": "method", "values": ["intra"]}, r"values\.0"),
     ],
 )
 def test_a_wrong_grid_is_refused_before_anything_runs(
@@ -169,38 +169,36 @@ def test_a_wrong_grid_is_refused_before_anything_runs(
         read_grid(tmp_path / "grid.yaml", "it")
 
 
-def test_what_cannot_be_read_or_found_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("methods: [", "cannot be read as a grid"),
+        ("", "the whole: Input should be"),
+        ("methods: {}", "targets: Field required"),
+        ("{methods: {}, targets: {it: {what: no blocks}}}", "targets.it.blocks: Field"),
+        ("{methods: {}, targets: {it: }}", "targets.it: Input should be"),
+    ],
+)
+def test_a_file_that_is_no_grid_is_refused(
+    tmp_path: Path, text: str, said: str
+) -> None:
+    (tmp_path / "g.yaml").write_text(text)
+    with pytest.raises(InputError, match=rf"g\.yaml.* {said}"):
+        read_grid(tmp_path / "g.yaml", "it")
+
+
+def test_what_cannot_be_found_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Did you mean ablation"):
         read_grid(GRID, "ablations")
-    for text in ("methods: [", "a: 1", ""):
-        (tmp_path / "g.yaml").write_text(text)
-        with pytest.raises(InputError, match=r"g\.yaml cannot be read as a grid"):
-            read_grid(tmp_path / "g.yaml", "ablation")
-    for text, said in (
-        ("{what: no blocks}", "blocks must be a list"),
-        ("{blocks: []}", "what must be text"),
-        ("", "what must be text"),
-    ):
-        (tmp_path / "g.yaml").write_text(
-            f"{{methods: {{both: }}, targets: {{it: {text}}}}}"
-        )
-        with pytest.raises(InputError, match=rf"g\.yaml, target it: {said}"):
-            read_grid(tmp_path / "g.yaml", "it")
     with pytest.raises(InputError, match="leave --dataset market1501 out"):
         read_grid(GRID, "ablation", dataset="market1501")
+    away = tmp_path / "away"
     with pytest.raises(InputError, match=r"--root .*away does not exist"):
-        batch.reproduce("paper", dataset="market1501", root=tmp_path / "away")
+        batch.reproduce(Batch("paper", "market1501", away))
     with pytest.raises(InputError, match=r"--only nothing names none of the jobs"):
-        batch.reproduce("check", output=tmp_path, only="nothing")
-    with pytest.raises(InputError, match=r"--profile .*away is no folder"):
-        batch.reproduce("check", output=tmp_path, profile=tmp_path / "away")
-
-
-def test_an_output_that_is_no_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    for output in (tmp_path / "file", tmp_path / "file" / "x", tmp_path / ("x" * 300)):
-        with pytest.raises(InputError, match=rf"--output {output} cannot be used as a"):
-            batch.reproduce("check", output=output, dry_run=True)
+        batch.reproduce(Batch("check", only="nothing"), tmp_path)
+    with pytest.raises(InputError, match=r"--profile .*away does not exist"):
+        batch.reproduce(Batch("check"), tmp_path, profile=away)
 
 
 def test_a_borrowed_warm_start_gives_what_the_own_one_gives(tmp_path: Path) -> None:
@@ -240,14 +238,8 @@ def row(mAP: float = 0.5, **changes: Any) -> dict[str, Any]:
 
 def test_numbers_within_the_tolerances_have_not_moved() -> None:
     lines = compare([row(0.5), row(0.9, seed=11)], [row(0.59)])
-    assert [line["number"] for line in lines] == [
-        "fingerprint",
-        "before.mAP",
-        "history.0.ari",
-        "metrics.mAP",
-        "clusters.ari",
-    ]
-    assert not any(line["moved"] for line in lines)
+    assert list(lines.number) == ["fingerprint", *batch.TOLERANCES]
+    assert not lines.moved.any()
 
 
 @pytest.mark.parametrize(
@@ -263,14 +255,14 @@ def test_numbers_within_the_tolerances_have_not_moved() -> None:
 )
 def test_a_number_that_moved_is_found(found: dict[str, Any], number: str) -> None:
     lines = compare([row()], [found])
-    assert [line["number"] for line in lines if line["moved"]] == [number]
+    assert list(lines.number[lines.moved]) == [number]
 
 
 def test_other_pictures_count_unless_they_were_rendered() -> None:
     """JPEG and the processor may change a rendered pixel; a file must not change."""
     for seed, moved in ((10, False), (None, True)):
         lines = compare([row(data_seed=seed)], [row(data_seed=seed, fingerprint="b")])
-        assert [line["moved"] for line in lines] == [moved, *[False] * 4]
+        assert list(lines.moved) == [moved, *[False] * 4]
 
 
 @pytest.mark.parametrize("change", [{"seed": 11}, {"study": "eps", "value": 0.4}])
@@ -295,128 +287,86 @@ def test_committed_rows_are_jobs_of_the_grid(target: str) -> None:
         seen.add(key)
 
 
-def finish(job: Job, folder: Path, notebook: str | None, log: str = "") -> None:
-    place = folder / "jobs" / job.name
-    place.mkdir(parents=True)
-    (place / "log.txt").write_text(log)
-    if notebook is None:
-        facts = dict.fromkeys(("commit", "versions", "python", "platform", "device"))
-        (place / "record.json").write_text(json.dumps(facts | {"metrics": {}}))
-        return
-    (place / "notebook.ipynb").write_text(notebook)
-
-
 def test_every_job_without_result_is_counted_with_its_reason(tmp_path: Path) -> None:
-    """An error in a cell, a kernel that died, a start that never came, a failed one."""
+    """An error in a cell, a start that never came, a record that was torn."""
     jobs = [job for job in jobs_of("ablation") if job.key["seed"] == 10]
-    done, raised, died, waiting, _, other, torn = jobs  # one neither begun nor due
-    finish(done, tmp_path, None)
-    error = {"output_type": "error", "ename": "InputError", "evalue": "no such file"}
-    cells = {"cells": [{"source": ""}, {"outputs": [error]}]}
-    finish(raised, tmp_path, json.dumps(cells))
-    finish(
-        died, tmp_path, '{"cells": []}', "Traceback\nDeadKernelError: Kernel died\n\n"
-    )
-    finish(other, tmp_path, "", "")
-    finish(torn, tmp_path, None)
-    (tmp_path / "jobs" / torn.name / "record.json").write_text('{"metrics": {')
-    found = batch.collect(jobs, tmp_path, due=[done, raised, died, waiting])
+    done, raised, waiting, begun, _, torn, _ = jobs  # two neither begun nor due
+
+    def write(job: Job, name: str, text: str) -> None:
+        place = tmp_path / "jobs" / job.name
+        place.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text(text)
+
+    write(done, "record.json", json.dumps(dict.fromkeys(batch.OF_FILE) | {"x": 1}))
+    write(raised, "log.txt", f"Traceback\nInputError: no {Path.home()}/such\n\n")
+    write(begun, "log.txt", "")
+    write(torn, "record.json", '{"metrics": {')
+    found = batch.collect(jobs, tmp_path, due=[done, raised, waiting])
     assert [row["method"] for row in found["rows"]] == [done.method]
-    reasons = {failure["job"]: failure["error"] for failure in found["failures"]}
-    names = [job.name for job in (raised, died, waiting, other, torn)]
-    assert list(reasons) == names
-    assert reasons[torn.name].startswith("record.json is damaged")
-    assert reasons[raised.name] == "InputError: no such file"
-    assert reasons[died.name] == "DeadKernelError: Kernel died"
-    assert reasons[other.name] == "It did not end."
     assert waiting.start is not None
-    assert reasons[waiting.name] == f"It was not begun; it needs {waiting.start.name}."
+    assert {failure["job"]: failure["error"] for failure in found["failures"]} == {
+        raised.name: "InputError: no ~/such",
+        waiting.name: f"It was not begun; it needs {waiting.start.name}.",
+        begun.name: "It did not end.",
+        torn.name: "It did not end.",
+    }
 
 
 # ------------------------------------------------------------------------ the engine
 
 
-def test_the_committed_check_still_gives_its_numbers() -> None:
-    """The whole way: engine, notebooks, training, record, comparison."""
-    table = batch.check("check", cores=2)
-    assert table.count("metrics.mAP") == 3
-    assert "moved" not in table
+@pytest.fixture
+def grid(tmp_path: Path) -> Path:
+    """The committed grid, with one more job in `check`, which cannot work."""
+    plain = yaml.safe_load(GRID.read_text())
+    plain["methods"]["broken"] = {"method": "offline", "optim.lr": 1e30}
+    plain["targets"]["check"]["blocks"][0]["methods"].append("broken")
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(plain))
+    return tmp_path / "grid.yaml"
 
 
 def test_a_check_that_moved_fails_with_the_table_and_keeps_the_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grid = tmp_path / "grid.yaml"
-    grid.write_text(
-        "methods: {both: {method: both}}\n"
-        "targets: {it: {what: One job., blocks: "
-        "[{preset: smoke, methods: [both], seeds: [3]}]}}\n"
-    )
-    (job,) = batch.read_grid(grid, "it")
-    committed = row(0.5) | {"config_hash": job.name.rpartition("-")[2]}
-    (tmp_path / "it.json").write_text(json.dumps({"rows": [committed]}))
+    which = Batch("check", only="*-both-*")
+    name = which.chosen[0].name
+    committed = row(0.5) | {"config_hash": name.rpartition("-")[2]}
+    record = tmp_path / "check.json"
+    record.write_text(json.dumps({"rows": [committed]}))
     monkeypatch.setattr(batch, "RECORDS", tmp_path)
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
     ends: list[BaseException | float] = [0.7, 0.5, KeyboardInterrupt(), SystemExit(143)]
 
-    def pretend(target: str, *, output: Path, **rest: Any) -> Path:
+    def pretend(which: Batch, output: Path) -> None:
         end = ends.pop(0)
         if isinstance(end, BaseException):
             raise end
-        record = {"target": target, "rows": [row(end)]}
-        batch.write_record(record, output / "records" / "it.json")
-        return output
+        record = {"target": "check", "rows": [row(end)]}
+        batch.write_record(record, output / "records/check.json")
 
     monkeypatch.setattr(batch, "reproduce", pretend)
-    said = r"1 of 5 numbers .*\n(.*\n)*.*0\.7.*moved"
+    said = r"1 of 5 numbers .*\n(.*\n)*.*0\.7 .*True"
     with pytest.raises(TrainingError, match=said) as moved:
-        batch.check("it", grid=grid)
+        batch.check(which)
     (kept,) = temporary.iterdir()
-    assert (kept / "records/it.json").is_file() and str(kept) in str(moved.value)
-    assert "moved" not in batch.check("it", grid=grid)
+    assert (kept / "records/check.json").is_file() and str(kept) in str(moved.value)
+    assert "True" not in batch.check(which)
     for stop in (KeyboardInterrupt, SystemExit):
         with pytest.raises(stop):
-            batch.check("it", grid=grid)
+            batch.check(which)
     assert [*temporary.iterdir()] == [kept]
 
-    (tmp_path / "it.json").write_text(
-        json.dumps({"rows": [committed | {"config_hash": "0" * 8}]})
-    )
+    record.write_text(json.dumps({"rows": [committed | {"config_hash": "0" * 8}]}))
     monkeypatch.delattr(batch, "reproduce")  # nothing runs
-    with pytest.raises(InputError, match=f"No committed record tells of {job.name}"):
-        batch.check("it", grid=grid)
-
-
-TINY = """
-methods:
-  both: {method: both}
-  online: {method: online}
-  broken: {method: offline, optim.lr: 1.0e+30}
-  supervised: {method: both}
-targets:
-  tiny:
-    what: Four jobs of a second, one of which cannot work.
-    blocks:
-      - preset: smoke
-        settings:
-          {epochs: 2, iterations: 3, warm_start.epochs: 1, warm_start.iterations: 3,
-           synthetic.identities: 8, synthetic.test_identities: 4, clustering.k1: 8}
-        methods: [broken, online, both, supervised]
-        seeds: [0]
-"""
-
-
-@pytest.fixture
-def grid(tmp_path: Path) -> Path:
-    (tmp_path / "grid.yaml").write_text(TINY)
-    return tmp_path / "grid.yaml"
+    with pytest.raises(InputError, match=f"No committed record tells of {name}"):
+        batch.check(which)
 
 
 def command(grid: Path, *more: str) -> list[str]:
     output = str(grid.parent / "out")
-    start = [sys.executable, "-m", "o2cap", "reproduce", "tiny", "--cores", "1"]
+    start = [sys.executable, "-m", "o2cap", "reproduce", "check", "--cores", "1"]
     return [*start, "--grid", str(grid), "--output", output, *more]
 
 
@@ -443,90 +393,84 @@ def kill_tree(pid: int) -> None:
 
 
 def test_a_dry_run_says_what_would_run_and_runs_nothing(grid: Path, root: Path) -> None:
-    dry = command(grid, "--dry-run", "--only", "*-online-*")
+    dry = command(grid, "--dry-run", "--only", "*-baseline-*")
     done = subprocess.run(dry, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    names = {
-        name: sum(f"output: jobs/{name}" in line for line in done.stderr.splitlines())
-        for name in (
-            "synthetic-online",
-            "synthetic-both",  # for its warm start
-            "synthetic-broken",
-            "synthetic-supervised",
-        )
-    }
-    assert list(names.values()) == [1, 1, 0, 0]
+    planned = [
+        method
+        for method in ("baseline", "both", "broken", "supervised")
+        if f"output: jobs/synthetic-{method}-" in done.stderr
+    ]
+    assert planned == ["baseline", "both"]  # this one for its warm start
     assert done.stdout == ""
     assert not (grid.parent / "out" / "jobs").exists()
 
 
 def test_a_dry_run_that_fails_says_so(
-    grid: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (grid.parent / "Snakefile").write_text("rule all: input: nowhere\n")
-    monkeypatch.setattr(batch, "SNAKEFILE", grid.parent / "Snakefile")
-    output = grid.parent / "out"
+    (tmp_path / "Snakefile").write_text("rule all: input: nowhere\n")
+    monkeypatch.setattr(batch, "SNAKEFILE", tmp_path / "Snakefile")
     with pytest.raises(TrainingError, match="cannot plan the jobs"):
-        batch.reproduce("tiny", grid=grid, output=output, dry_run=True)
+        batch.reproduce(Batch("check"), tmp_path / "out", dry_run=True)
 
 
-def test_killed_broken_and_resumed(grid: Path, root: Path) -> None:
-    jobs = {job.method: job for job in read_grid(grid, "tiny")}
+def test_the_committed_check_killed_and_resumed_beside_a_broken_job(
+    grid: Path, root: Path
+) -> None:
+    """The whole way: engine, notebooks, training, a power cut, record, comparison."""
+    jobs = {job.method: job for job in read_grid(grid, "check")}
     place = {m: grid.parent / "out" / "jobs" / job.name for m, job in jobs.items()}
 
     # -- killed as by a power cut, with `both` done and another job at work
-    others = [place[m] / "run" / "config.yaml" for m in ("online", "supervised")]
-    others.append(place["broken"] / "run" / "config.yaml")
+    others = [place[m] / "run/config.yaml" for m in place if m != "both"]
     process = subprocess.Popen(command(grid), cwd=root, stderr=subprocess.DEVNULL)
     while not any(path.exists() for path in others):
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.02)
     kill_tree(process.pid)
     process.wait()
-    finished = [m for m in place if (place[m] / "record.json").exists()]
-    assert "both" in finished and len(finished) < 4
-    kept = {m: (place[m] / "record.json").stat().st_mtime_ns for m in finished}
+    finished = place["both"] / "record.json"
+    then = finished.stat().st_mtime_ns
+    assert not any((place[m] / "record.json").exists() for m in place if m != "both")
 
     # -- the same command does what is missing, and stops at no broken job
     done = subprocess.run(command(grid), cwd=root, capture_output=True, text=True)
     assert done.returncode == 1
     assert f"1 of 4 jobs have no result: {jobs['broken'].name}" in done.stderr
-    for method, then in kept.items():
-        assert (place[method] / "record.json").stat().st_mtime_ns == then, method
-        assert f"output: jobs/{jobs[method].name}/" not in done.stderr
-    record = json.loads((grid.parent / "out/records/tiny.json").read_text())
-    assert {found["method"] for found in record["rows"]} == {
-        "both",
-        "online",
-        "supervised",
-    }
+    assert finished.stat().st_mtime_ns == then
+    assert f"output: jobs/{jobs['both'].name}/" not in done.stderr
+    record = json.loads((grid.parent / "out/records/check.json").read_text())
+    assert {found["method"] for found in record["rows"]} == {*place} - {"broken"}
     (failure,) = record["failures"]
     assert failure["job"] == jobs["broken"].name
-    assert failure["error"].startswith("TrainingError: The loss is nan")
+    assert failure["error"].startswith("TrainingError: Losses or weights are not")
     notebook = (place["broken"] / "notebook.ipynb").read_text()
     assert "Traceback" in notebook and "TrainingError" in notebook
     assert not (place["broken"] / "record.json").exists()
 
-    # -- with the cause removed, the rest is all that runs; the bound is told apart
-    online = command(grid, "--only", "*-[os][nu]*")
-    again = subprocess.run(online, cwd=root, capture_output=True, text=True)
+    # -- the numbers are the committed ones; the bound is told apart
+    committed = json.loads((RECORDS / "check.json").read_text())["rows"]
+    lines = compare(committed, record["rows"])
+    assert len(lines) == 15 and not lines.moved.any(), lines.to_string()
+    for method in ("supervised", "both"):
+        facts = json.loads((place[method] / "run/environment.json").read_text())
+        assert (facts["pseudo_labels"] is None) == (method == "both")
+
+    # -- without the broken job, nothing is left to do
+    rest = command(grid, "--only", "*-[bs][aou][tsp]*")
+    again = subprocess.run(rest, cwd=root, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert "Nothing to be done" in again.stderr
-    assert again.stdout.strip() == str(grid.parent / "out/records/tiny.json")
-    facts = json.loads((place["supervised"] / "run/environment.json").read_text())
-    assert facts["pseudo_labels"] is not None
-    facts = json.loads((place["both"] / "run/environment.json").read_text())
-    assert facts["pseudo_labels"] is None
+    assert again.stdout.strip() == str(grid.parent / "out/records/check.json")
 
 
 def test_two_batches_do_not_work_in_one_place(tmp_path: Path) -> None:
     with (
-        batch._alone(tmp_path),
+        FileLock(tmp_path / ".lock"),
         pytest.raises(InputError, match="Another batch is at work"),
     ):
-        batch.reproduce("check", output=tmp_path)
-    with batch._alone(tmp_path):  # free again
-        pass
+        batch.reproduce(Batch("check"), tmp_path)
 
 
 def test_each_job_takes_a_gpu_of_its_own(
@@ -539,10 +483,10 @@ def test_each_job_takes_a_gpu_of_its_own(
     )
     monkeypatch.setattr(batch, "_held", [])
     assert [batch.free_gpu() for _ in range(3)] == ["cuda:0", "cuda:1", "auto"]
-    batch._held.pop(0).close()  # that job has ended
+    batch._held.pop(0).release()  # that job has ended
     assert batch.free_gpu() == "cuda:0"
-    for file in batch._held:
-        file.close()
+    for lock in batch._held:
+        lock.release()
 
 
 def test_slurm_runs_the_same_batch(root: Path) -> None:

@@ -9,14 +9,20 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import nbformat
+import papermill
 import psutil
 import pytest
 from filelock import FileLock
+from jupyter_client.manager import KernelManager
 from nbformat.v4 import new_code_cell, new_notebook
+from papermill.clientwrap import PapermillNotebookClient
+from papermill.engines import Engine, papermill_engines
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
@@ -61,17 +67,45 @@ def test_there_are_chapters() -> None:
 
 
 @pytest.fixture(scope="session")
-def executed_copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder for all chapters that this process runs: they share their runs."""
-    return tmp_path_factory.mktemp("executed")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], Path]]:
+    """Run a chapter in the smoke profile by papermill; return the executed copy.
+
+    In one kernel, for importing and compiling take longer than most chapters do, and
+    in one folder, where they share their runs. A chapter finds no name of another.
+    """
+    folder = tmp_path_factory.mktemp("executed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JUPYTER_PATH", f"{sys.prefix}/share/jupyter")
+        patch.setenv("IPYTHONDIR", str(folder / ".ipython"))
+        manager = KernelManager(kernel_name="python3")
+        manager.start_kernel(cwd=ROOT / "book")
+
+    class OneKernel(Engine):
+        @classmethod
+        def execute_managed_notebook(cls, nb_man: Any, *_: Any, **__: Any) -> None:
+            client = PapermillNotebookClient(nb_man, km=manager)
+            client.execute()
+            client.kc.execute_interactive("%reset -f")
+            client.kc.stop_channels()
+
+    papermill_engines.register("one kernel", OneKernel)
+
+    def execute(path: Path) -> Path:
+        copy = folder / path.name
+        given = {"profile": "smoke", "output": str(copy.with_suffix(""))}
+        how = {"engine_name": "one kernel", "progress_bar": False}
+        papermill.execute_notebook(path, copy, given, **how)
+        return copy
+
+    yield execute
+    manager.shutdown_kernel(now=True)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_chapter_runs_in_the_smoke_profile(
-    path: Path, build: ModuleType, executed_copies: Path
+    path: Path, run: Callable[[Path], Path]
 ) -> None:
-    build.execute(path, executed_copies, {"profile": "smoke"})
-    executed = nbformat.read(executed_copies / path.name, as_version=4)
+    executed = nbformat.read(run(path), as_version=4)
     printed = 0
     for cell in executed.cells:
         for output in cell.get("outputs", []):
