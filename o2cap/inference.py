@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
+from torchvision.transforms.v2 import Normalize
 
 from o2cap import reranking
 from o2cap.data.finding import find_pictures
@@ -468,12 +469,9 @@ def export(run: Path, output: Path) -> None:
     config, model = load_model(run)
     if not all(map(find_spec, ("onnx", "onnxscript"))):
         raise InputError("Export needs more packages: pip install 'o2cap[onnx]'.")
-    colours = nn.BatchNorm2d(3, eps=0, affine=False)  # it can be exported
-    colours.running_mean, colours.running_var = torch.tensor([MEAN, STD])
-    colours.running_var.square_()
     with replacing(output) as temporary:
         torch.onnx.export(
-            nn.Sequential(colours, model).eval(),
+            nn.Sequential(Normalize(MEAN, STD), model).eval(),
             (torch.zeros(2, 3, config.height, config.width),),
             temporary,
             input_names=["pictures"],
