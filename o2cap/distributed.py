@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -27,8 +26,6 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from o2cap.errors import InputError, TrainingError
-
-logger = logging.getLogger("o2cap")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -50,8 +47,9 @@ def joined(minutes: float = 30) -> Iterator[None]:
     ------
     InputError
         When the environment names some of what torchrun sets, but not all.
-    TrainingError
-        When another process stops before the end.
+    RuntimeError
+        From torch, when another process stops before the end; the same command goes on
+        from the last checkpoint.
     """
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     lacking = [name for name in names if name not in os.environ]
@@ -70,17 +68,6 @@ def joined(minutes: float = 30) -> Iterator[None]:
     dist.init_process_group(timeout=timedelta(minutes=minutes), device_id=gpu)
     try:
         yield
-    except RuntimeError as error:
-        from_gloo = "gloo" in str(error) and not isinstance(error, TrainingError)
-        if not from_gloo and not isinstance(error, dist.DistError):
-            raise
-        sentence = (
-            f"Process {rank()} of {size()} lost the connection to another one, which "
-            "has stopped; the same command goes on from the last checkpoint."
-        )
-        if rank() > 0:  # the first, which speaks for all, may be what was lost
-            logger.error("o2cap: %s", sentence)
-        raise TrainingError(sentence) from error
     finally:
         dist.destroy_process_group()
 
