@@ -57,7 +57,7 @@ STUDIES: dict[str, tuple[str, bool]] = {
     "negatives": ("negatives (proxies)", True),
 }
 
-APART = ("strength", "cameras", "data_seed")  # more than one setting at a time
+APART = ("strength", "cameras", "data_seed")  # with a table of their own
 
 # ------------------------------------------------------------------------------ reading
 
@@ -70,12 +70,11 @@ def read_record(path: Path) -> DataFrame:
     DataFrame
         ``dataset``, ``method``, ``data_seed`` and ``seed`` of each run; ``study`` and
         ``value`` where one setting was varied, else ``""`` and NaN; each metric of
-        :data:`~o2cap_book.figures.METRICS` after training, under its name and in its
-        unit (percent for shares), and before it as ``before.mAP`` and so on; NaN for
-        what was not measured. ``history`` holds the records of the epochs. All else in
-        a row stands under its path, such as ``seconds.train``. What is said of the
-        whole record (``target``, ``what``, ``failures``, ``device``, …) is in the
-        frame's ``attrs``.
+        ``METRICS`` after training, under its name and in its unit (percent for
+        shares), and before it as ``before.mAP`` and so on; NaN for what was not
+        measured. ``history`` holds the records of the epochs. All else in a row stands
+        under its path, such as ``seconds.train``. What is said of the whole record
+        (``target``, ``what``, ``failures``, ``device``, …) is in the frame's ``attrs``.
 
     Raises
     ------
@@ -166,7 +165,7 @@ def by_seed(rows: DataFrame, metric: str = "mAP") -> DataFrame:
     rows : DataFrame
         Of one data set, and of one study or none.
     metric : str
-        A name in :data:`~o2cap_book.figures.METRICS`.
+        A name in ``METRICS``.
 
     Raises
     ------

@@ -214,7 +214,7 @@ def test_the_interval_of_three_values_is_their_range():
     assert bootstrap_interval([4.0, 1.0, 2.5]) == (1.0, 4.0)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=12))
 def test_the_interval_holds_the_mean_and_stays_inside_the_values(values):
     low, high = bootstrap_interval(values, resamples=500)
@@ -225,12 +225,11 @@ def test_the_interval_holds_the_mean_and_stays_inside_the_values(values):
     assert shifted == pytest.approx((low + 7, high + 7))
 
 
-@pytest.mark.parametrize(("n", "share"), [(5, 0.84), (10, 0.90)])
-def test_the_interval_covers_as_often_as_it_says(n, share):
-    draws = np.random.default_rng(1).normal(size=(400, n))
+def test_the_interval_covers_as_often_as_it_says():
+    draws = np.random.default_rng(2).normal(size=(400, 5))
     intervals = [bootstrap_interval(v, resamples=300) for v in draws]
     covered = np.mean([low <= 0 <= high for low, high in intervals])
-    assert covered == pytest.approx(share, abs=0.05)
+    assert covered == pytest.approx(0.84, abs=0.04)
 
 
 def test_a_summary_by_hand():
