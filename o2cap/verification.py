@@ -66,10 +66,11 @@ def verify_pairs(
         for kind, pairs in enumerate((~same, same)):
             kept = distance.where(pairs & known, -1)  # outside of what is counted
             counts[kind] += kept.histc(_BINS, 0, 2).double().cpu()
-    false, true = (counts / counts.sum(1, keepdim=True)).cumsum(1)
+    total = counts.sum(1, keepdim=True)
+    false, true = counts.cumsum(1) / total
     below = torch.cat([false.new_zeros(1), false])
     nearer = 1 - (below[1:] + below[:-1]) / 2  # of the other pairs, half of a bin's own
-    auc = (counts[1] / counts[1].sum() * nearer).sum()
+    auc = (counts[1] * nearer).sum() / total[1, 0]
     last = int((false <= false_match_rate).sum())
     at = [0.0, 0.0] if last == 0 else [float(true[last - 1]), float(false[last - 1])]
     return Verification(float(auc), 2 * last / _BINS, *at)
