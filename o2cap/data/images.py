@@ -41,7 +41,9 @@ LEFT_BEHIND = {
     *("$recycle.bin", "system volume information", "__macosx", "lost+found"),
 }
 
-LEAVE_OUT = ", or leave it out with --skip-unreadable True, where the command has that"
+LEAVE_OUT = (
+    " (train, embed, cluster and search can leave it out: --skip-unreadable True)"
+)
 
 
 @contextmanager

@@ -422,8 +422,8 @@ def _manifest(path: Path, skip_unreadable: bool) -> Reading:
     absent = _sentence(
         f"Pictures named in {path} do not exist, or may not be read",
         missing,
-        f"relative paths start from {path.parent}, with / between folders (train "
-        "leaves them out with --skip-unreadable True)",
+        f"relative paths start from {path.parent} (train leaves such pictures out with "
+        "--skip-unreadable True)",
     )
     images = {split: _images(part) for split, part in parts.items()}
     reading = Reading(ReIDDataset("manifest", **images, root=path.parent))
@@ -455,8 +455,9 @@ def _is_number(text: str) -> bool:
 
 def _find(base: Path, written: str) -> Path | None:
     """Return the file that a manifest names; ValueError says that it leaves `base`."""
-    # An ü may be one character in the table and two on the disk, as macOS writes it.
-    forms = [written, *(unicodedata.normalize(f, written) for f in ("NFC", "NFD"))]
+    # Windows writes a backslash between folders, and macOS an ü as two characters.
+    forms = [written, written.replace("\\", "/")]
+    forms += [unicodedata.normalize(form, forms[1]) for form in ("NFC", "NFD")]
     paths = (os.path.join(base, form) for form in dict.fromkeys(forms))
     if (path := next(filter(os.path.isfile, paths), None)) is None:
         return None
@@ -516,8 +517,9 @@ def manifest_from_pattern(
     pattern : str
         Their paths below the folder, such as ``{camid}/{pid}_{frame}.jpg``. It must
         hold camid; pid, and split (train, query or gallery), mean something too, and
-        any other name is a further column. A name stands for one character or more
-        but /, as few as will do; upper and lower case are the same.
+        any other name is a further column. A name stands for a part of a folder's or
+        file's name, as short as will do, and ``{camid:2}`` for two folders with the /
+        between them. Upper and lower case are the same.
 
     Returns
     -------
@@ -536,11 +538,11 @@ def manifest_from_pattern(
     """
     expression, names = "", set()
     try:
-        for text, name, _, _ in string.Formatter().parse(pattern):
+        for text, name, spec, _ in string.Formatter().parse(pattern):
             expression += re.escape(text)
             if name is not None:
-                again = name in names
-                expression += f"(?P={name})" if again else f"(?P<{name}>[^/]+?)"
+                part = "/".join(["[^/]+?"] * int(spec or 1))
+                expression += f"(?P={name})" if name in names else f"(?P<{name}>{part})"
                 names.add(name)
         compiled = re.compile(expression, re.IGNORECASE)
     except (ValueError, re.error) as error:
