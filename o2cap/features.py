@@ -21,13 +21,16 @@ from o2cap.errors import TrainingError
 
 
 def autocast(
-    device: torch.device, precision: Literal["bf16", "fp16", "off"]
+    device: torch.device, precision: Literal["bf16", "fp16", "off"], cache: bool = True
 ) -> contextlib.AbstractContextManager[object]:
-    """Return the context in which the network runs at `precision`."""
+    """Return the context in which the network runs at `precision`.
+
+    `cache` keeps weights in half precision for several uses; no CUDA graph may do so.
+    """
     if precision == "off":
         return contextlib.nullcontext()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float16
-    return torch.autocast(device.type, dtype=dtype)
+    return torch.autocast(device.type, dtype=dtype, cache_enabled=cache)
 
 
 def upload(pixels: Tensor, device: torch.device) -> Tensor:

@@ -29,8 +29,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from o2cap import distributed
-from o2cap.backbone import ReIDModel, build_model, read_state_dict
+from o2cap import __version__, distributed
+from o2cap.backbone import ReIDModel, build_model
 from o2cap.config import NO_INFLUENCE, Config, load
 from o2cap.data.images import ReIDDataset
 from o2cap.device import Hardware
@@ -419,18 +419,11 @@ def load_model(
     config = _finished(directory, weights)
     model = build_model(
         config.backbone,
-        "none",
+        str(directory / weights),
         height=config.height,
         width=config.width,
         pooling=config.pooling,
     )
-    try:
-        model.load_state_dict(read_state_dict(directory / weights))
-    except RuntimeError as error:
-        raise InputError(
-            f"{directory / weights} does not fit the backbone {config.backbone} of "
-            "config.yaml; both must come from one run."
-        ) from error
     return config, model.to(memory_format=torch.channels_last).eval()
 
 
@@ -485,7 +478,8 @@ def input_facts(dataset: ReIDDataset, labels: Tensor | None) -> Metrics:
 
 def describe_environment(config: Config, hardware: Hardware) -> Metrics:
     """Return versions, device, seed and commit."""
-    packages = ("o2cap", "torch", "torchvision", "numpy", "scipy", "numba")
+    packages = ["o2cap", "torch", "torchvision", "numpy", "scipy", "numba"]
+    packages += ["timm"] * config.backbone.startswith("timm:")
     device = str(hardware.device)
     if hardware.device.type == "cuda":
         device += f" ({torch.cuda.get_device_name(hardware.device)})"
@@ -495,7 +489,7 @@ def describe_environment(config: Config, hardware: Hardware) -> Metrics:
         "python": platform.python_version(),
         # with the instructions that torch uses: others round sums differently
         "platform": f"{platform.platform()}, {torch.backends.cpu.get_cpu_capability()}",
-        "versions": {name: version(name) for name in packages},
+        "versions": {"o2cap": __version__} | {name: version(name) for name in packages},
         "commit": _commit(),
         "device": device,
         "precision": hardware.precision,

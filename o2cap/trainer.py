@@ -86,7 +86,8 @@ def train(
         When losses, weights or features are not finite; the last good checkpoint
         stays.
     """
-    with distributed.joined(), RunDirectory.claim(config, resume) as run:
+    joined = distributed.joined(config.timeout)
+    with joined, RunDirectory.claim(config, resume) as run:
         if dataset is None:
             dataset = distributed.on_first(load_configured, config)
         labels = pseudo_labels
@@ -406,8 +407,10 @@ def prepare(
 def announce(dataset: ReIDDataset, hardware: Hardware, run: RunDirectory) -> None:
     """Say what is trained, on what, and with which pictures."""
     logger.info(
-        "%s on %s, %d processes, precision %s, %d threads; run directory %s",
+        "%s from weights %s on %s, %d processes, precision %s, %d threads; run "
+        "directory %s",
         run.config.method,
+        run.config.weights,
         hardware.device,
         distributed.size(),
         hardware.precision,

@@ -28,7 +28,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     path : Path
         A ``.safetensors`` file, or a state dict that ``torch.save`` wrote (plain, or
         under the key ``state_dict``, ``model``, ``teacher`` or ``student``; a leading
-        ``module.`` of DataParallel is removed).
+        ``module.`` of DataParallel is removed), or the directory of a finished run.
 
     Raises
     ------
@@ -37,6 +37,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         NaN or infinity.
     """
     state: Any
+    if path.is_dir():
+        path = path / "model.safetensors"
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 
-from o2cap.config import ClusteringConfig, Config, LossConfig, preset
+from o2cap.config import ClusteringConfig, Config, LossConfig, OptimConfig, preset
 from o2cap_book.batch import GRID, RECORDS, read_grid
 
 KEY = ("dataset", "method", "seed", "data_seed", "study", "value")
@@ -20,14 +20,17 @@ NEW = {
     "clustering": "distance k1_intra k1_inter k2_intra k2_inter standardise "
     "drop_single_camera",
     "loss": "camera_entropy spare_online_positives",
+    "optim": "method",
 }
 NO_INFLUENCE = ("preset", "output", "device", "workers", "threads", "evaluate_every")
+NO_INFLUENCE += ("cuda_graphs", "timeout")  # which 0.1.0 did not have
 
 
 def old_hash(config: Config) -> str:
     """Return the hash that version 0.1.0 gave to the same settings."""
     plain = {k: v for k, v in config.to_dict().items() if k not in NO_INFLUENCE}
     usual = {"clustering": ClusteringConfig(), "loss": LossConfig()}
+    usual["optim"] = OptimConfig()
     for group, names in NEW.items():
         for name in names.split():
             if plain[group].pop(name) != getattr(usual[group], name):

@@ -384,6 +384,8 @@ def test_hash_ignores_what_cannot_change_a_result() -> None:
         "device": "cpu",
         "workers": 3,
         "threads": 1,
+        "cuda_graphs": False,
+        "timeout": 90,
         "evaluate_every": 1,
     }
     assert set(same) == set(NO_INFLUENCE)
