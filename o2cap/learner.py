@@ -152,7 +152,7 @@ class Learner:
         with autocast(self.hardware.device, self.hardware.precision, cache=False):
             # (In a module of its own, since the call exchanges the forward method.)
             alone = nn.Sequential(self.model)
-            graphed = torch.cuda.make_graphed_callables(alone, (pictures,))
+            graphed: Any = torch.cuda.make_graphed_callables(alone, (pictures,))
         for buffer, value in kept:  # the rehearsals moved the running statistics
             buffer.copy_(value)
         return graphed

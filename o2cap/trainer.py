@@ -306,19 +306,16 @@ def method_losses(
     if config.method in ("online", "both"):
         # One product with the whole memory serves both losses.
         similarity, own = losses.compare_with_own(*given[:3])
-        how = {"positives": settings.positives, "balance": settings.balance}
-        seen: dict[str, Any] = {"similarity": similarity}
+        how: dict[str, Any] = {"similarity": similarity} | common
         if config.method == "both":
             spare = None
             if settings.spare_online_positives:
                 mixed = losses.online_similarity(similarity, own, settings.balance)
-                spare = losses.online_positives(
-                    mixed, proxies.camera, settings.positives
-                )
-            found["offline"] = losses.offline_loss(
-                *given, **common, **seen, spare=spare
-            )
-        found["online"] = losses.online_loss(*given, **common, **how, **seen, own=own)
+                k, camera = settings.positives, proxies.camera
+                spare = losses.online_positives(mixed, camera, k)
+            found["offline"] = losses.offline_loss(*given, **how, spare=spare)
+        how |= {"positives": settings.positives, "balance": settings.balance}
+        found["online"] = losses.online_loss(*given, **how, own=own)
     weight: Tensor | float = 1.0
     if settings.camera_entropy:
         weight = losses.camera_entropy_weights(proxy, proxies)
