@@ -337,20 +337,20 @@ def test_identities_come_from_one_layout_or_a_manifest(
     matches = search(run, query, gallery).matches()
     assert {(m.identity, m.same_identity) for m in matches} == {("", None)}
 
-    rows = [
-        {"split": "gallery", "path": path.name, "pid": path.name[:4], "camid": 2}
-        for path in sorted(gallery.iterdir())
-    ]
-    manifest = tiny.write_manifest(gallery / "m.csv", rows)
+    names = sorted(path.name for path in gallery.iterdir())
+    lines = [f"gallery,{name},{name[:4]},0,yard,p{int(name[:4])}" for name in names]
+    manifest = gallery / "m.csv"
+    manifest.write_text("\n".join(["split,path,pid,camid,camera,identity", *lines]))
     matches = search(run, query, manifest).matches()
-    assert {m.identity for m in matches} == {"0", "3", "4"}
+    assert {m.identity for m in matches} == {"p0", "p3", "p4"}
+    assert {m.camera for m in matches} == {"yard"}
     assert {m.same_identity for m in matches} == {None}  # who the query is, is unknown
-    inside = gallery / rows[1]["path"]
+    inside = gallery / names[1]
     ranking = search(run, inside, manifest)
     assert {m.identity: m.same_identity for m in ranking.matches()} == {
-        "0": False,
-        "3": True,
-        "4": False,
+        "p0": False,
+        "p3": True,
+        "p4": False,
     }
     embed(run, manifest).save(tmp_path / "f.npz")
     assert search(run, inside, tmp_path / "f.npz").matches() == ranking.matches()
