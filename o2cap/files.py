@@ -28,7 +28,7 @@ def replacing(path: Path) -> Iterator[Path]:
     InputError
         When the system refuses to write (full disk, no permission); says where.
     """
-    name = None
+    name, path = None, path.expanduser()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(".part", f".{path.name}.", path.parent)
@@ -60,6 +60,7 @@ def check_writable(path: Path) -> None:
     InputError
         When it could not: it is a folder, or may not be made where it is to be.
     """
+    path = path.expanduser()
     with usable(path):
         place = next(p for p in path.absolute().parents if p.exists())
         if path.is_dir():

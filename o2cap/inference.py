@@ -85,7 +85,7 @@ def load_embedding(path: Path) -> Embedding:
     """
     fault = f"{path} holds no features written by o2cap embed"
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(path.expanduser(), allow_pickle=False) as file:
             columns = dict(file)
         paths, *names = (
             columns[n].tolist() for n in ("paths", "cameras", "identities")
@@ -426,6 +426,7 @@ def cluster(
 
 def refuse_occupied(folder: Path) -> None:
     """Raise InputError when `folder` holds something already."""
+    folder = folder.expanduser()
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise InputError(f"{folder} is not empty; name a new folder for the sheets.")
 
