@@ -356,6 +356,22 @@ def test_identities_come_from_one_layout_or_a_manifest(
     assert search(run, inside, tmp_path / "f.npz").matches() == ranking.matches()
 
 
+def test_distractors_are_nobody(run: Path, tmp_path: Path) -> None:
+    names = ["0000_c1s1_000001_00.png", "0000_c2s1_000001_00.png"]
+    for folder, name in (
+        ("bounding_box_train", "0009_c1s1_000001_00.png"),
+        ("query", "0003_c2s1_000001_00.png"),
+        *(("bounding_box_test", n) for n in (*names, "0003_c1s1_000001_00.png")),
+    ):
+        paint(tmp_path / folder / name, int(name[:4]), 1, 0)
+    data = load_dataset("market1501", tmp_path)
+    known = embed(run, data.gallery)
+    for query, said in ((data.gallery.paths[0], None), (data.query, True)):
+        found = search(run, query, known).matches()
+        assert {m.same_identity for m in found if m.identity == ""} == {None}
+        assert {m.same_identity for m in found if m.identity == "3"} == {said}
+
+
 def test_rankings_are_saved(run: Path, embedding: Embedding, tmp_path: Path) -> None:
     ranking = search(
         run, embedding.images.select(torch.tensor([3, 17])), embedding, top=3

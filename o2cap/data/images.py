@@ -116,6 +116,8 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
         large: here, or when the caller decodes it.
     """
     try:
+        if not os.path.isfile(path):  # a pipe would be waited for
+            raise ValueError("there is no such file")
         with Image.open(path, formats=PICTURE_FORMATS) as picture:
             yield picture
     except Exception as error:  # Pillow's plug-ins raise many kinds on broken files
@@ -140,7 +142,7 @@ class ImageSet:
         known. For evaluation and diagnosis only: training is handed sets that
         went through :meth:`without_identities`.
     cameras, identities : sequence of str, optional
-        Their names, where they have others than their numbers; "" where not.
+        Their names, where they have others than their numbers; "" where unknown.
     grey_range : (float, float), optional
         The grey values that are black and white in pictures of more than 8 bits, see
         :func:`o2cap.data.loading.find_grey_range`.
@@ -180,7 +182,7 @@ class ImageSet:
         return self._name(i, self.identities, self.pids)
 
     def _name(self, i: int, names: Sequence[str] | None, numbers: Tensor | None) -> str:
-        if names is not None and names[i]:
+        if names is not None:
             return names[i]
         return "" if numbers is None or numbers[i] < 0 else str(int(numbers[i]))
 

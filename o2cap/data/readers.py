@@ -266,7 +266,8 @@ def _named(name: str, root: Path, skip_unreadable: bool) -> Reading:
                 junk += 1
             else:
                 number = int(match[2])
-                pictures.append((path, number - 1, int(match[1]), f"c{number}", ""))
+                names = (f"c{number}", match[1].lstrip("0"))  # distractors have none
+                pictures.append((path, number - 1, int(match[1]), *names))
         remedy = (
             "move them out of the folder"
             if pictures or junk
@@ -407,8 +408,9 @@ def _manifest(path: Path, skip_unreadable: bool) -> Reading:
                         "to one split, or to query and gallery with one pid and camid"
                     )
                 splits.add(split)
-                names = (row.get("camera", ""), row.get("identity", ""))
-                parts[split].append((file, camid, pid, *names))
+                camera = row.get("camera") or str(camid)
+                identity = row.get("identity") or str(pid) * (pid >= 0)
+                parts[split].append((file, camid, pid, camera, identity))
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path} is not UTF-8 text; save it as 'CSV UTF-8'."
