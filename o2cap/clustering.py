@@ -1,4 +1,4 @@
-"""Pseudo labels: sparse k-reciprocal Jaccard distance and DBSCAN.
+"""Pseudo labels: sparse k-reciprocal Jaccard distances and DBSCAN.
 
 Two images share a column of V only if their neighbourhoods meet, so almost all
 Jaccard distances are exactly 1. Only the others are computed and kept; time and
@@ -9,19 +9,22 @@ exactly 0.5, the usual eps, and float rounding would decide whether they are
 neighbours. Sums here are exact whatever their order (float32 terms in float64),
 and distances are rounded to multiples of 2**-21, a grid coarser than the rounding
 error that is left (1e-7) and finer than the 1e-6 asked of the formula. So equal
-neighbour lists give equal distances, and equal labels, in any order of the rows.
+neighbour lists give equal distances, in any order of the rows and by any number of
+threads.
 """
 
 import numba
 import numpy as np
 import torch
+from numba import prange
 from scipy.sparse import csr_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from o2cap.neighbours import nearest_neighbours, pair_similarity
+from o2cap.proxies import check_cameras
 
 _GRID = 2.0**21  # distances are multiples of its inverse
+_BLOCKS = 64  # of rows, each with scratch of its own, for the threads to share
 
 
 def jaccard_distance(
@@ -68,26 +71,136 @@ def jaccard_distance(
         raise ValueError("features must have at least one row")
     if not 1 <= k2 <= k1:
         raise ValueError(f"k2 must be from 1 to k1, got k1={k1} and k2={k2}")
-    if not 0 <= max_distance <= 1:
-        raise ValueError(f"max_distance must be from 0 to 1, got {max_distance}")
+    _check_limit(max_distance)
     half = min(round(k1 / 2) + 1, n)  # Python rounds half to even, as numpy does
     k1, k2 = min(k1, n), min(k2, n)
     if neighbours is None:
         neighbours = nearest_neighbours(features, k1)
     similarity, index = _checked(neighbours, n, k1)
+    if not (index[:, 0] == np.arange(n)).all():
+        raise ValueError("the first neighbour of every row must be the row itself")
+    weights = _weights(features, similarity, index, half)
+    return _jaccard(_expand_queries(weights, index[:, :k2]), max_distance)
 
-    weights = _expand_queries(_weights(features, similarity, index, half), index, k2)
-    columns = weights.tocsc()
-    v = (weights.indptr, weights.indices, weights.data)
-    c = (columns.indptr, columns.indices, columns.data)
-    start = np.zeros(n + 1, np.int64)
-    none = np.empty(0, np.int32), np.empty(0, np.float32)
-    limit = round(max_distance * _GRID) / _GRID
-    _overlap(*v, *c, limit, start, *none)  # counts, to allocate once
-    np.cumsum(start, out=start)
-    indices, data = np.empty(start[-1], np.int32), np.empty(start[-1], np.float32)
-    _overlap(*v, *c, limit, start, indices, data)
-    return csr_array((data, indices, start), shape=(n, n))
+
+def camera_aware_jaccard(
+    features: Tensor,
+    camids: Tensor,
+    *,
+    k1_intra: int = 5,
+    k1_inter: int = 20,
+    k2_intra: int = 2,
+    k2_inter: int = 4,
+    neighbours: tuple[Tensor, Tensor] | None = None,
+    max_distance: float = 1.0,
+) -> csr_array:
+    """Jaccard distance of neighbourhoods within and across cameras (CA-Jaccard).
+
+    Chen et al., CVPR 2024: one list of neighbours from an image's own camera, so that
+    its own track cannot fill it, and one from all the others. With i first in its
+    intra list,
+
+    ``E(i) = {i} ∪ {j ∈ intra(i): i ∈ intra(j)} ∪ {j ∈ inter(i): i ∈ inter(j)}``;
+
+    V as in :func:`jaccard_distance` over E(i), without half sets; local query
+    expansion over the first `k2_intra` of intra(i) and the first `k2_inter` of
+    inter(i); J as before. Where a camera, or all others together, hold fewer images
+    than a list wants, the list is shorter: with one camera inter lists are empty.
+
+    Parameters
+    ----------
+    features : FloatTensor [N, D]
+        L2-normalised, on any device.
+    camids : LongTensor [N]
+        Camera of each image, 0 or more.
+    k1_intra, k1_inter : int
+        The intra list holds ``k1_intra + 1`` images, itself first; the inter list
+        ``k1_inter + 1``. At least 1.
+    k2_intra, k2_inter : int
+        How many of each list are averaged; at least 1, and no longer than the list.
+    neighbours : tuple of Tensor, optional
+        Both lists, as found by :func:`camera_neighbours` (which is called without).
+    max_distance : float
+        As in :func:`jaccard_distance`.
+
+    Returns
+    -------
+    csr_array
+        As of :func:`jaccard_distance`.
+
+    Raises
+    ------
+    ValueError
+        For no features, camids that do not fit, or a setting out of range.
+
+    Book: :eq:`camera_aware_jaccard`
+    """
+    n, intra, inter = len(features), k1_intra + 1, k1_inter + 1
+    check_cameras(camids, n)
+    if not (
+        1 <= k2_intra <= intra and 1 <= k2_inter <= inter and min(intra, inter) > 1
+    ):
+        raise ValueError(
+            "k1_intra, k1_inter, k2_intra and k2_inter must be at least 1, and each k2 "
+            f"at most k1 + 1; got {k1_intra}, {k1_inter}, {k2_intra} and {k2_inter}"
+        )
+    _check_limit(max_distance)
+    if neighbours is None:
+        neighbours = camera_neighbours(features, camids, k1_intra, k1_inter)
+    similarity, index = _checked(neighbours, n, intra + inter, nobody=True)
+    lists = index[:, :intra], index[:, intra:]
+    mutual = np.concatenate([_mutual(x) for x in lists], axis=1)
+    weights = _softmax(_members(index, mutual, _weight(similarity)))
+    nearest = np.concatenate([lists[0][:, :k2_intra], lists[1][:, :k2_inter]], axis=1)
+    return _jaccard(_expand_queries(weights, nearest), max_distance)
+
+
+def camera_neighbours(
+    features: Tensor,
+    camids: Tensor,
+    k1_intra: int = 5,
+    k1_inter: int = 20,
+    *,
+    rows: slice | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Find the lists of :func:`camera_aware_jaccard`, side by side.
+
+    Parameters
+    ----------
+    features : FloatTensor [N, D]
+        L2-normalised, on any device.
+    camids : LongTensor [N]
+        Camera of each image.
+    k1_intra, k1_inter : int
+        How many: ``k1_intra + 1`` of the own camera, the image itself first, then
+        ``k1_inter + 1`` of all other cameras.
+    rows : slice, optional
+        One share of a search divided over processes; step 1.
+
+    Returns
+    -------
+    similarity : FloatTensor [Q, k1_intra + k1_inter + 2]
+    index : LongTensor [Q, k1_intra + k1_inter + 2]
+        Both on the device of `features`; index −1 where a list ends early.
+    """
+    n, intra, width = len(features), k1_intra + 1, k1_intra + k1_inter + 2
+    camids = camids.to(features.device)
+    start, stop, _ = (rows or slice(None)).indices(n)
+    similarity = features.new_zeros(n, width)
+    index = torch.full((n, width), -1, device=features.device)
+    for camera in camids.unique():
+        same, other = (torch.where(x)[0] for x in (camids == camera, camids != camera))
+        share = slice(int((same < start).sum()), int((same < stop).sum()))
+        mine = same[share]
+        k = min(intra, len(same))
+        near, place = nearest_neighbours(features[same], k, rows=share)
+        similarity[mine, :k], index[mine, :k] = near, same[place]
+        k = min(k1_inter + 1, len(other))
+        if k:
+            near, place = nearest_neighbours(features[other], k, features[mine])
+            similarity[mine, intra : intra + k] = near
+            index[mine, intra : intra + k] = other[place]
+    return similarity[start:stop], index[start:stop]
 
 
 def dbscan(distance: csr_array, eps: float = 0.5, min_samples: int = 4) -> Tensor:
@@ -95,60 +208,57 @@ def dbscan(distance: csr_array, eps: float = 0.5, min_samples: int = 4) -> Tenso
 
     A point with at least ``min_samples`` points within ``eps`` (at most ``eps``
     away, itself counted) is a core point; core points within ``eps`` of each other
-    share a cluster. Any other point within ``eps`` of a core point joins the
-    cluster of the nearest one, of equally near ones the cluster with the smallest
-    label; that last tie alone depends on the order of rows. Clusters are numbered
-    by their first core point.
+    share a cluster. Any other point within ``eps`` of a core point joins a cluster of
+    such a one. It is scikit-learn's DBSCAN, which sees only which pairs are near.
 
     Parameters
     ----------
-    distance : csr_array [N, N], symmetric; a missing entry is beyond ``eps``, and a
-        missing diagonal is 0
-    eps : ``0 <= eps < 1``, at most the ``max_distance`` of `jaccard_distance`; it is
-        compared with the distances after rounding both to multiples of 2**-21
-    min_samples : at least 1
+    distance : csr_array [N, N]
+        Symmetric; a missing entry is beyond `eps`, and a missing diagonal is 0.
+    eps : float
+        From 0 to below 1, and at most the `max_distance` of the distance; compared
+        with the distances after rounding both to multiples of 2**-21.
+    min_samples : int
+        At least 1.
 
     Returns
     -------
-    int64 [N], labels 0, 1, …; -1 for outliers
+    LongTensor [N]
+        Labels 0, 1, ... in the order of their first core points; −1 for outliers.
+
+    Raises
+    ------
+    ValueError
+        For a distance that is not square, or a setting out of range.
 
     Book: :eq:`dbscan`
     """
+    # Here, because it takes a second to import, and most commands need none of it.
+    from sklearn.cluster import DBSCAN
+
     if distance.ndim != 2 or distance.shape[0] != distance.shape[1]:
         raise ValueError(f"distance must be square, got {distance.shape}")
     if not 0 <= eps < 1:
         raise ValueError(f"eps must be at least 0 and below 1, got {eps}")
     if min_samples < 1:
         raise ValueError(f"min_samples must be at least 1, got {min_samples}")
-    n = distance.shape[0]
-    entry = np.flatnonzero(np.rint(distance.data * _GRID) <= round(eps * _GRID))
-    row = np.searchsorted(distance.indptr, entry, side="right") - 1
-    column = distance.indices[entry]
-    other = row != column
-    row, column, near = row[other], column[other], distance.data[entry[other]]
+    if distance.shape[0] == 0:
+        return torch.empty(0, dtype=torch.int64)
+    near = np.rint(distance.data * _GRID) <= round(eps * _GRID)
+    start = np.concatenate([[0], np.cumsum(near)])[distance.indptr]
+    zeros = np.zeros(start[-1], np.float32)
+    graph = csr_array((zeros, distance.indices[near], start), shape=distance.shape)
+    found = DBSCAN(eps=0.5, min_samples=min_samples, metric="precomputed").fit(graph)
+    return torch.from_numpy(found.labels_.astype(np.int64))
 
-    core = np.bincount(row, minlength=n) + 1 >= min_samples
-    joined = core[row] & core[column]
-    graph = csr_array(
-        (np.ones(joined.sum(), bool), (row[joined], column[joined])), shape=(n, n)
-    )
-    component = connected_components(graph, directed=False)[1]
-    label = np.full(n, -1, np.int64)
-    _, first, label[core] = np.unique(
-        component[core], return_index=True, return_inverse=True
-    )
-    label[core] = np.argsort(np.argsort(first))[label[core]]
 
-    claim = ~core[row] & core[column]
-    row, owner, near = row[claim], label[column[claim]], near[claim]
-    order = np.lexsort((owner, near, row))
-    border, best = np.unique(row[order], return_index=True)
-    label[border] = owner[order][best]
-    return torch.from_numpy(label)
+def _check_limit(max_distance: float) -> None:
+    if not 0 <= max_distance <= 1:
+        raise ValueError(f"max_distance must be from 0 to 1, got {max_distance}")
 
 
 def _checked(
-    neighbours: tuple[Tensor, Tensor], n: int, k: int
+    neighbours: tuple[Tensor, Tensor], n: int, k: int, nobody: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """First k columns, as arrays; the compiled loops trust what they are given."""
     similarity, index = neighbours
@@ -159,161 +269,140 @@ def _checked(
             f"neighbours have shape {list(index.shape)}, need [{n}, at least {k}]"
         )
     index = index[:, :k].cpu()
-    if index.amin() < 0 or index.amax() >= n:
+    if index.amin() < -nobody or index.amax() >= n:
         raise ValueError(f"neighbours must be row numbers from 0 to {n - 1}")
     if not torch.equal(index[:, 0], torch.arange(n)):
         raise ValueError("the first neighbour of every row must be the row itself")
-    return (
-        similarity[:, :k].float().cpu().contiguous().numpy(),
-        index.int().contiguous().numpy(),
-    )
+    return similarity[:, :k].float().cpu().numpy(), index.int().numpy()
+
+
+# ----------------------------------------------------------------- neighbourhoods V
+
+
+def _members(index: np.ndarray, mask: np.ndarray, data: np.ndarray) -> csr_array:
+    """Matrix [N, N] with the data of the neighbours that the mask chooses."""
+    start = np.concatenate([[0], np.cumsum(mask.sum(1))])
+    return csr_array((data[mask], index[mask], start), shape=(len(index), len(index)))
 
 
 def _weights(
     features: Tensor, similarity: np.ndarray, index: np.ndarray, half: int
 ) -> csr_array:
     """V before query expansion: float64 [N, N] that holds float32 values."""
-    n = len(index)
-    reciprocal = np.empty((n, half), np.int32)
-    size = np.empty(n, np.int32)
-    _half_sets(index, reciprocal, size)
-    start = np.zeros(n + 1, np.int64)
-    none = np.empty(0, np.int32), np.empty(0, np.float32)
-    _expanded_sets(index, similarity, reciprocal, size, start, *none)  # counts
-    np.cumsum(start, out=start)
-    column, s = np.empty(start[-1], np.int32), np.empty(start[-1], np.float32)
-    _expanded_sets(index, similarity, reciprocal, size, start, column, s)
-
-    unknown = np.flatnonzero(np.isnan(s))  # members outside the neighbour list
-    row = np.searchsorted(start, unknown, side="right") - 1
-    pairs = torch.from_numpy(row), torch.from_numpy(column[unknown]).long()
-    device = features.device
+    nearer = index[:, :half]
+    full, halves = _mutual(index), _mutual(nearer)
+    trusted = _trusted(index, full, halves)
+    own = _members(index, full, _weight(similarity))
+    brought = _members(index, trusted, trusted) @ _members(nearer, halves, halves)
+    new = brought > own.astype(bool)  # what is not there already
+    new.sort_indices()
     features = features.detach().float().contiguous()
-    s[unknown] = pair_similarity(
-        features, features, *(p.to(device) for p in pairs)
-    ).cpu()
-
-    weight = np.exp(2 * s.astype(np.float64) - 2).astype(np.float32)
-    total = np.add.reduceat(weight, start[:-1], dtype=np.float64)
-    weight = (weight / np.repeat(total, np.diff(start))).astype(np.float32)
-    return csr_array((weight.astype(np.float64), column, start), shape=(n, n))
-
-
-def _expand_queries(weights: csr_array, index: np.ndarray, k2: int) -> csr_array:
-    """Mean of V over the first k2 neighbours: float32 [N, N]."""
-    n = len(index)
-    chosen = csr_array(
-        (
-            np.ones(n * k2),
-            np.ascontiguousarray(index[:, :k2]).ravel(),
-            np.arange(0, n * k2 + 1, k2),
-        ),
-        shape=(n, n),
+    place = (
+        torch.from_numpy(x).long().to(features.device)
+        for x in (new.indptr, new.indices)
     )
-    mean = chosen @ weights
+    data = _weight(pair_similarity(features, features, *place).cpu().numpy())
+    return _softmax(own + csr_array((data, new.indices, new.indptr), shape=new.shape))
+
+
+def _weight(similarity: np.ndarray) -> np.ndarray:
+    """Exponential of the negative squared distance of unit vectors."""
+    return np.exp(2 * similarity.astype(np.float64) - 2).astype(np.float32)
+
+
+def _softmax(weights: csr_array) -> csr_array:
+    """Rows of sum 1: float64 [N, N] that holds float32 values, for exact sums."""
+    total = np.add.reduceat(weights.data, weights.indptr[:-1], dtype=np.float64)
+    data = weights.data / np.repeat(total, np.diff(weights.indptr))
+    data = data.astype(np.float32).astype(np.float64)
+    return csr_array((data, weights.indices, weights.indptr), shape=weights.shape)
+
+
+def _expand_queries(weights: csr_array, index: np.ndarray) -> csr_array:
+    """Mean of V over some neighbours [N, k2], none where −1: float32 [N, N]."""
+    there = index >= 0
+    mean = _members(index, there, there.astype(np.float64)) @ weights
+    data = mean.data / np.repeat(there.sum(1), np.diff(mean.indptr))
     return csr_array(
-        ((mean.data / k2).astype(np.float32), mean.indices, mean.indptr), shape=(n, n)
+        (data.astype(np.float32), mean.indices, mean.indptr), shape=weights.shape
     )
+
+
+def _jaccard(weights: csr_array, max_distance: float) -> csr_array:
+    """Jaccard distances, up to a limit, of all rows of V that share a column."""
+    # As many threads as torch was given; the result is the same.
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    n, columns = weights.shape[0], weights.tocsc()
+    v = weights.indptr, weights.indices, weights.data
+    c = columns.indptr, columns.indices, columns.data
+    limit = round(max_distance * _GRID) / _GRID
+    start, none = (
+        np.zeros(n + 1, np.int64),
+        (np.empty(0, np.int32), np.empty(0, np.float32)),
+    )
+    start[1:] = np.cumsum(_overlap(*v, *c, limit, start, *none))  # to allocate once
+    indices, data = np.empty(start[-1], np.int32), np.empty(start[-1], np.float32)
+    _overlap(*v, *c, limit, start, indices, data)
+    return csr_array((data, indices, start), shape=(n, n))
 
 
 # ------------------------------------------------------------------------ kernels
 
 
-@numba.njit(cache=True)
-def _half_sets(index, members, size):  # type: ignore[no-untyped-def]
-    """R*(i, half) of every row: members [N, half], of which size [N] are set."""
-    n, half = members.shape
-    for i in range(n):
-        size[i] = 0
-        for j in index[i, :half]:
-            for back in index[j, :half]:
-                if back == i:
-                    members[i, size[i]] = j
-                    size[i] += 1
-                    break
+@numba.njit(cache=True, parallel=True)
+def _mutual(index):  # type: ignore[no-untyped-def]
+    """Which neighbours [N, k] have the row among theirs; none where −1."""
+    found = np.zeros(index.shape, np.bool_)
+    for i in prange(len(index)):
+        for a, j in enumerate(index[i]):
+            found[i, a] = j >= 0 and i in index[j]
+    return found
 
 
-@numba.njit(cache=True)
-def _expanded_sets(  # type: ignore[no-untyped-def]
-    index, similarity, half, half_size, start, column, value
-):
-    """E(i) of every row; value is NaN where the similarity is not in the list.
-
-    Without room in ``column`` it counts: the size of E(i) goes to ``start[i + 1]``.
-    """
-    n, k1 = index.shape
-    fill = len(column) > 0
-    full = np.empty(k1, np.int32)
-    in_full = np.full(n, -1, np.int32)  # the last row that had this member
-    in_set = np.full(n, -1, np.int32)
-    for i in range(n):
-        end = start[i] if fill else 0
-        count = 0
-        for a in range(k1):
-            j = index[i, a]
-            for back in index[j]:
-                if back == i:
-                    full[count] = j
-                    count += 1
-                    in_full[j] = in_set[j] = i
-                    if fill:
-                        column[end], value[end] = j, similarity[i, a]
-                    end += 1
-                    break
-        for j in full[:count]:
-            shared = 0
-            for member in half[j, : half_size[j]]:
-                shared += in_full[member] == i
-            if 3 * shared > 2 * half_size[j]:
-                for member in half[j, : half_size[j]]:
-                    if in_set[member] != i:
-                        in_set[member] = i
-                        if fill:
-                            column[end], value[end] = member, np.nan
-                        end += 1
-        if not fill:
-            start[i + 1] = end
+@numba.njit(cache=True, parallel=True)
+def _trusted(index, full, halves):  # type: ignore[no-untyped-def]
+    """Which members of R*(i, k1) have more than 2/3 of their half set in it."""
+    found = np.zeros(full.shape, np.bool_)
+    half = halves.shape[1]
+    for i in prange(len(index)):
+        members = index[i][full[i]]
+        for a, j in enumerate(index[i]):
+            if full[i, a]:
+                shared = 0
+                for b in range(half):
+                    shared += halves[j, b] and index[j, b] in members
+                found[i, a] = 3 * shared > 2 * halves[j].sum()
+    return found
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, parallel=True)
 def _overlap(  # type: ignore[no-untyped-def]
     v_start, v_column, v, c_start, c_row, c, limit, start, indices, data
 ):
-    """Jaccard distances, up to a limit, of all rows of V that share a column.
+    """Entries of every row of the distance, from `start` on; and how many they are.
 
-    V comes by rows (v) and by columns (c, rows ascending). Each pair is met once,
-    from its smaller row, and written to both rows. Without room in ``indices`` it
-    counts: the size of row i goes to ``start[i + 1]``.
+    V comes by rows (v) and by columns (c). Without room in `indices` it only counts.
     """
     n = len(v_start) - 1
-    fill = len(indices) > 0
-    free = start[:-1].copy()  # where the next entry of each row goes
-    head = c_start[:-1].copy()  # the current row's place in each column
-    shared = np.zeros(n, np.float64)
-    met = np.empty(n, np.int32)
-    for i in range(n):
-        count = 0
-        for p in range(v_start[i], v_start[i + 1]):
-            column, weight = v_column[p], v[p]
-            for q in range(head[column], c_start[column + 1]):
-                j = c_row[q]
-                if shared[j] == 0:  # weights are positive
-                    met[count] = j
-                    count += 1
-                shared[j] += min(weight, c[q])
-            head[column] += 1
-        for j in met[:count]:
-            distance = 1 - shared[j] / (2 - shared[j])
-            shared[j] = 0
-            distance = max(0.0, np.round(distance * _GRID) / _GRID)
-            if distance > limit:
-                continue
-            if not fill:
-                start[i + 1] += 1
-                start[j + 1] += j != i
-                continue
-            indices[free[i]], data[free[i]] = j, distance
-            free[i] += 1
-            if j != i:
-                indices[free[j]], data[free[j]] = i, distance
-                free[j] += 1
+    size = np.zeros(n, np.int64)
+    for block in prange(_BLOCKS):
+        shared, met = np.zeros(n), np.empty(n, np.int32)
+        for i in range(block, n, _BLOCKS):
+            count = 0
+            for p in range(v_start[i], v_start[i + 1]):
+                for q in range(c_start[v_column[p]], c_start[v_column[p] + 1]):
+                    j = c_row[q]
+                    if shared[j] == 0:  # weights are positive
+                        met[count] = j
+                        count += 1
+                    shared[j] += min(v[p], c[q])
+            for j in met[:count]:
+                distance = 1 - shared[j] / (2 - shared[j])
+                shared[j] = 0
+                distance = max(0.0, np.round(distance * _GRID) / _GRID)
+                if distance <= limit:
+                    if len(indices):
+                        indices[start[i] + size[i]] = j
+                        data[start[i] + size[i]] = distance
+                    size[i] += 1
+    return size

@@ -63,7 +63,7 @@ def rerank(
     v.data /= np.repeat(np.maximum.reduceat(v.data, v.indptr[:-1]), each)
     v.data **= np.repeat(1 / largest, each)
     v.data /= np.repeat(np.add.reduceat(v.data, v.indptr[:-1]), each)
-    v = _expand_queries(v, index, min(k2, n))
+    v = _expand_queries(v, index[:, : min(k2, n)])
     columns = v[queries:].tocsc()
     gallery = (columns.indptr, columns.indices, columns.data)
 
