@@ -14,7 +14,12 @@ from torch import Tensor
 
 from o2cap import distributed, losses
 from o2cap.backbone import build_model
-from o2cap.clustering import dbscan, jaccard_distance
+from o2cap.clustering import (
+    camera_aware_jaccard,
+    camera_neighbours,
+    dbscan,
+    jaccard_distance,
+)
 from o2cap.config import Config
 from o2cap.data import load_configured
 from o2cap.data.images import ReIDDataset
@@ -246,16 +251,27 @@ def find_clusters(features: Tensor, camids: Tensor, config: Config) -> Tensor:
     settings, n = config.clustering, len(features)
     if settings.standardise:
         features = standardise_by_camera(features, camids)
-    found = nearest_neighbours(features, min(settings.k1, n), rows=distributed.share(n))
+    share = distributed.share(n)
+    # DBSCAN asks for no distance above eps.
+    limit: dict[str, Any] = {"max_distance": settings.eps}
+    k1 = {"k1_intra": settings.k1_intra, "k1_inter": settings.k1_inter}
+    k2 = {"k2_intra": settings.k2_intra, "k2_inter": settings.k2_inter}
+    # With one camera there are no lists across cameras.
+    aware = settings.distance == "camera_aware" and len(camids.unique()) > 1
+    if aware:
+        found = camera_neighbours(features, camids, **k1, rows=share)
+    else:
+        found = nearest_neighbours(features, min(settings.k1, n), rows=share)
     similarity, index = (distributed.gather(part, n) for part in found)
+    near = similarity, index
 
     def cluster() -> Tensor:
-        distance = jaccard_distance(
-            features,
-            settings.k1,
-            settings.k2,
-            neighbours=(similarity, index),
-            max_distance=settings.eps,  # DBSCAN asks for no larger one
+        distance = (
+            camera_aware_jaccard(features, camids, **k1, **k2, neighbours=near, **limit)
+            if aware
+            else jaccard_distance(
+                features, settings.k1, settings.k2, neighbours=near, **limit
+            )
         )
         clusters = dbscan(distance, settings.eps, settings.min_samples)
         if settings.drop_single_camera:
@@ -420,8 +436,8 @@ def announce(dataset: ReIDDataset, hardware: Hardware, run: RunDirectory) -> Non
     if run.config.method != "baseline" and dataset.train.camids.unique().numel() == 1:
         logger.warning(
             "All training pictures come from one camera: every cluster is one proxy, "
-            "so the camera-aware parts have nothing to do, and training is "
-            "cluster-level."
+            "so the camera-aware parts have nothing to do; the distance is the plain "
+            "one, and training is cluster-level."
         )
     if not len(dataset.query):
         logger.info("no query and gallery: clusters are reported, but no mAP")

@@ -495,6 +495,20 @@ def test_a_run_is_not_mixed_with_one_on_other_pictures(
             {"loss_offline", "loss_online"},
         ),
         (
+            {
+                "clustering": settings.ClusteringConfig(
+                    distance="camera_aware",
+                    standardise=True,
+                    drop_single_camera=True,
+                    k1_intra=3,
+                    k1_inter=6,
+                    min_samples=2,
+                ),
+                "loss": LossConfig(camera_entropy=True, spare_online_positives=True),
+            },
+            {"loss_offline", "loss_online"},
+        ),
+        (
             {"pooling": "gem", "precision": "off"},
             {"loss_offline", "loss_online"},
         ),
@@ -607,6 +621,15 @@ def test_one_camera_is_said_once_and_trained_on(
     assert result.final["proxies"] == result.final["clusters"]
     assert result.final["loss"] > 0
     assert caplog.text.count("camera-aware parts have nothing to do") == 1
+    # With one camera the camera-aware distance is the plain one.
+    features = torch.nn.functional.normalize(torch.randn(54, 8))
+    config = tiny.config(tmp_path)
+    aware = replace(config.clustering, distance="camera_aware")
+    found = [
+        trainer.find_clusters(features, alone.train.camids, given)
+        for given in (config, replace(config, clustering=aware))
+    ]
+    assert torch.equal(*found)
 
 
 def test_two_cameras_and_a_gap_in_their_numbers(
