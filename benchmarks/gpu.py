@@ -1,43 +1,50 @@
-"""Everything that only a GPU can show, in pieces that resume, as one record.
+"""Everything that only a GPU can show, as one record, in minutes.
 
-On a machine with a CUDA GPU: images per second of training and extraction with a
-ResNet-50 at 256×128, the share of a step outside the network and of the measured peak
-of matrix products, a plain version of the same step beside it; whether CPU and GPU
-agree; clustering at 100,000 and 1,000,000 features; and the paper's whole schedule on a
-rendered set of the shape of Market-1501. Elsewhere the record says «not measured».
+    python -m benchmarks.gpu --output gpu.json --minutes 8
 
-    python -m benchmarks.gpu
+The peak of matrix products; training of a ResNet-50 at 256×128 in several ways, with
+the longest kernels of a step; extraction; whether CPU and GPU agree; clustering up to a
+million features; and some epochs on a rendered set of the shape of Market-1501.
 
-Each call stops after `--minutes`, what is measured is kept, and the same call goes on.
+It starts on a bare machine, where the package lies beside it and is not installed, and
+writes the record after every piece. Each call stops in time; the next one goes on with
+what is missing. Without a GPU the record says «not measured».
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
 import logging
 import os
+import signal
 import statistics
+import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
-import tyro
 from torch import Tensor
-from torch.amp import GradScaler
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+import o2cap
+from benchmarks import bare  # noqa: F401  (before what needs it)
 from benchmarks import losses as rivals
 from o2cap.backbone import ReIDModel, build_model
 from o2cap.clustering import dbscan, jaccard_distance
-from o2cap.config import BatchConfig, Config, preset
+from o2cap.config import BatchConfig, Config, WarmStartConfig, preset
 from o2cap.data import load_dataset
 from o2cap.data.images import ImageSet, ReIDDataset
 from o2cap.data.samplers import proxy_batches
@@ -46,11 +53,17 @@ from o2cap.device import Hardware
 from o2cap.evaluation import clustering_quality
 from o2cap.features import autocast, extract, extract_all
 from o2cap.files import read_json, replacing
+from o2cap.learner import Learner
 from o2cap.neighbours import nearest_neighbours
 from o2cap.proxies import CameraProxies, ProxyMemory, split_by_camera
 from o2cap.trainer import method_losses, train, train_epoch
 
 Item = dict[str, Any]
+
+# The setting that captures the network in CUDA graphs, where the package has one.
+GRAPHS = next((f.name for f in dataclasses.fields(Config) if "graph" in f.name), None)
+SCHEDULE = (50, 400)  # epochs and iterations, as the paper trains
+EVALUATIONS = 10  # after every fifth epoch
 
 
 @dataclass(frozen=True)
@@ -66,13 +79,15 @@ class Sizes:
     steps: int = 40
     matrix: int = 8192
     agreement: int = 4096
-    clustering: tuple[int, ...] = (100_000, 1_000_000)
+    clustering: tuple[int, ...] = (12_936, 32_621, 100_000, 1_000_000)
     dim: int = 2048
     identities: int = 751
     test_identities: int = 750
     counts: tuple[int, int, int] = (12_936, 3_368, 15_913)
-    epochs: int = 50
+    epochs: int = 3
     iterations: int = 400
+    warm_up: int = 100
+    compiler: str = "inductor"
 
 
 TOY = Sizes(
@@ -84,29 +99,17 @@ TOY = Sizes(
     clusters=6,
     steps=2,
     matrix=64,
-    agreement=200,
+    agreement=100,
     clustering=(300,),
     dim=32,
     identities=8,
-    test_identities=4,
-    counts=(100, 10, 40),
+    test_identities=2,
+    counts=(60, 6, 12),
     epochs=2,
     iterations=2,
+    warm_up=2,
+    compiler="eager",  # traced, and not compiled
 )
-
-
-@dataclass
-class Options:
-    """What to measure, and where to keep it."""
-
-    output: Path = Path("reproduce/records/gpu.json")
-    """The record; a call adds to what it holds of the same device."""
-    work: Path = Path("runs/gpu")
-    """Run directory of the whole schedule."""
-    minutes: float = 9
-    """When to stop; the same call goes on."""
-    toy: bool = False
-    """Tiny sizes on the CPU, to see that every piece works; the numbers say nothing."""
 
 
 class Bench:
@@ -118,12 +121,10 @@ class Bench:
         How large they are.
     device : str
         ``cuda``, or ``cpu`` for tests.
-    deadline : float
-        Value of `time.monotonic` at which to stop.
     """
 
-    def __init__(self, sizes: Sizes, device: str, deadline: float) -> None:
-        self.sizes, self.deadline = sizes, deadline
+    def __init__(self, sizes: Sizes, device: str) -> None:
+        self.sizes, self.device = sizes, torch.device(device)
         self.config = preset(
             "market1501",
             dataset="synthetic",
@@ -134,20 +135,40 @@ class Bench:
             device=device,
             epochs=sizes.epochs,
             iterations=sizes.iterations,
+            evaluate_every=sizes.epochs,
+            warm_start=WarmStartConfig(epochs=1, iterations=sizes.warm_up),
         )
         self.hardware = Hardware.choose(self.config)
-        self.device = self.hardware.device
 
-    def pieces(self) -> dict[str, Callable[[], Item]]:
-        """Return what there is to measure, by name, in the order to do it."""
-        found: dict[str, Callable[[], Item]] = {"matrix products": self.peak}
+    def pieces(self) -> dict[str, tuple[float, Callable[[], Item]]]:
+        """Return what there is to measure, by name, in the order to do it.
+
+        Before each stands how many seconds it may take: with less left it is not begun.
+        """
+        found: dict[str, tuple[float, Callable[[], Item]]] = {}
+        for precision in ("bf16", "fp16"):
+            found[f"matrix products, {precision}"] = 5, partial(self.peak, precision)
+        ways = ("eager", "graphed") if GRAPHS else ("eager",)
         for batch in self.sizes.batches:
-            found[f"training, batch {batch}"] = lambda b=batch: self.training(b)
-        found["extraction"] = self.extraction
-        found["CPU and GPU"] = self.agreement
-        for n in self.sizes.clustering:
-            found[f"clustering, {n:,}"] = lambda n=n: self.clustering(n)
-        found["whole schedule"] = lambda: {}  # needs the run directory; see main
+            for precision in ("bf16", "fp16"):
+                for way in ways:
+                    name = f"training, batch {batch}, {way}, {precision}"
+                    found[name] = 15, partial(self.training, batch, precision, way)
+            found[f"training, batch {batch}, plain"] = 20, partial(self.plain, batch)
+        found["a step's kernels"] = 15, self.kernels
+        found["extraction"] = 10, self.extraction
+        for tf32 in (False, True):
+            name = f"CPU and GPU, {'inside' if tf32 else 'outside'} TF32"
+            found[name] = 20, partial(self.agreement, tf32)
+        *most, largest = self.sizes.clustering
+        for n in most:
+            found[f"clustering, {n:,}"] = n / 2000, partial(self.clustering, n)
+        found["epochs of the shape of Market-1501"] = 120, self.epochs
+        for batch in self.sizes.batches:
+            work = partial(self.training, batch, "bf16", "compiled")
+            found[f"training, batch {batch}, compiled, bf16"] = 90, work
+        name = f"clustering, {largest:,}"
+        found[name] = largest / 5000, partial(self.clustering, largest)
         return found
 
     def seconds(self, work: Callable[[], object], repeats: int = 5) -> float:
@@ -168,152 +189,183 @@ class Bench:
 
     # ------------------------------------------------------------------- the network
 
-    def peak(self) -> Item:
-        """Matrix products of the precision of training: what the chip can do."""
+    def peak(self, precision: str) -> Item:
+        """Matrix products of a precision of training: what the chip can do."""
         n = self.sizes.matrix
-        kinds = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-        kind = kinds[self.hardware.precision]
+        kind = torch.bfloat16 if precision == "bf16" else torch.float16
         a, b = (torch.randn(n, n, device=self.device, dtype=kind) for _ in "ab")
         seconds = self.seconds(lambda: a @ b, 20)
-        return {
-            "n": n,
-            "dtype": str(kind),
-            "tera-operations/s": 2 * n**3 / seconds / 1e12,
-        }
+        return {"n": n, "tera-operations/s": 2 * n**3 / seconds / 1e12}
 
     def model(self) -> ReIDModel:
-        """Return the network, as the trainer sets it up."""
+        """Return the network, with random weights."""
         torch.manual_seed(0)
-        model = build_model(
-            self.sizes.backbone,
-            "none",
-            height=self.sizes.height,
-            width=self.sizes.width,
-        ).to(self.device)
-        return model.to(memory_format=torch.channels_last)
+        size = {"height": self.sizes.height, "width": self.sizes.width}
+        return build_model(self.sizes.backbone, "none", **size).to(self.device)
 
+    @cached_property
     def pixels(self) -> Tensor:
-        """Return random pictures where the trainer would keep them."""
+        """Random pictures, on the CPU."""
         shape = (self.sizes.pictures, self.sizes.height, self.sizes.width, 3)
         random = torch.Generator().manual_seed(0)
-        found = torch.randint(256, shape, dtype=torch.uint8, generator=random)
-        return self.hardware.place(found)
+        return torch.randint(256, shape, dtype=torch.uint8, generator=random)
 
-    def training(self, batch: int) -> Item:
-        """The trainer's own epoch, the network alone, and a plain version of it."""
-        sizes, device, hardware = self.sizes, self.device, self.hardware
+    @cached_property
+    def proxies(self) -> CameraProxies:
+        """Clusters of six cameras, of the same size each."""
+        place = torch.arange(self.sizes.pictures)
+        return split_by_camera(place % self.sizes.clusters, place % 6)
+
+    def epoch(self, batch: int, precision: str, way: str) -> tuple[Learner, Any]:
+        """Return a learner, and what trains it for some steps: the trainer's own."""
         config = replace(
             self.config,
-            iterations=sizes.steps,
+            precision=precision if self.device.type == "cuda" else "off",
             batch=BatchConfig(proxies=batch // 4, images=4),
+            **({GRAPHS: way == "graphed"} if GRAPHS else {}),
         )
-        model, pixels = self.model(), self.pixels()
-        place = torch.arange(sizes.pictures)
-        proxies = split_by_camera(place % sizes.clusters, place // sizes.clusters % 6)
-        memory = ProxyMemory(torch.randn(len(proxies), model.dim, device=device))
-        fused = device.type == "cuda"
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=fused)
-        scaler = GradScaler(device.type, enabled=hardware.precision == "fp16")
+        n = len(self.pixels)
+        images = ImageSet([Path("random")] * n, torch.zeros(n).long())
+        hardware = Hardware.choose(config)
+        learner = Learner(config, hardware, self.model(), self.pixels, images)
+        if way == "compiled":
+            compiled = torch.compile(learner.network, backend=self.sizes.compiler)
+            learner.network = compiled  # type: ignore[assignment]
+        entries = torch.randn(len(self.proxies), learner.model.dim, device=self.device)
+        memory = ProxyMemory(F.normalize(entries))
 
-        def epoch(iterations: int) -> None:
-            train_epoch(
-                *(model, optimizer, scaler, memory, proxies, pixels),
-                replace(config, iterations=iterations),
-                hardware,
-                epoch=0,
-                paths=[],
-            )
+        def run(steps: int) -> None:
+            learner.config = replace(config, iterations=steps)
+            train_epoch(learner, memory, self.proxies, 0)
 
+        return learner, run
+
+    def training(self, batch: int, precision: str, way: str) -> Item:
+        """The trainer's epoch, and the network alone."""
+        learner, run = self.epoch(batch, precision, way)
+        hardware, steps = learner.hardware, self.sizes.steps
+        index = next(iter(self.batches(batch)))
         random = torch.Generator().manual_seed(0)
-        index = proxy_batches(proxies.label, 1, random, proxies=batch // 4)[0]
-        pictures = augment(hardware.batch(pixels, index), random)
+        pictures = augment(self.pixels[index].to(self.device), random)
 
         def network() -> None:
             """Forward, backward, optimizer: no pictures, no losses, no memory."""
-            optimizer.zero_grad(set_to_none=True)
-            with autocast(device, hardware.precision):
-                features = model(pictures)
-            scaler.scale(features.square().sum()).backward()
-            scaler.step(optimizer)
-            scaler.update()
+            learner.optimizer.zero_grad(set_to_none=True)
+            with autocast(self.device, hardware.precision):
+                features = learner.network(pictures)
+            learner.scaler.scale(features.square().sum()).backward()
+            learner.scaler.step(learner.optimizer)
+            learner.scaler.update()
 
-        n = len(index)
-        with hardware.in_force(config):
-            step = self.seconds(lambda: epoch(sizes.steps), 3) / sizes.steps
-            alone = self.seconds(network, sizes.steps)
-            with FlopCounterMode(display=False) as counter:
-                network()
-            waits = self.host_waits(epoch)
-        plain = self.plain(index, pixels, proxies)
-        return {
-            "batch": n,
-            "proxies": len(proxies),
-            "precision": hardware.precision,
-            "images/s": n / step,
-            "ms/step": 1e3 * step,
-            "network alone, ms/step": 1e3 * alone,
-            "share outside the network": max(0.0, 1 - alone / step),
-            "tera-operations/step": counter.get_total_flops() / 1e12,
-            "host waits/step": waits,
-            "plain version, images/s": n / plain,
-            "times the plain version": plain / step,
-        }
+        with hardware.in_force(learner.config):
+            step = self.seconds(lambda: run(steps), 3) / steps
+            alone = self.seconds(network, steps)
+            found = {
+                "batch": len(index),
+                "proxies": len(self.proxies),
+                "precision": hardware.precision,
+                "images/s": len(index) / step,
+                "ms/step": 1e3 * step,
+                "network alone, ms/step": 1e3 * alone,
+                "share outside the network": max(0.0, 1 - alone / step),
+                "host waits/step": self.host_waits(run),
+            }
+            if way == "eager":
+                with FlopCounterMode(display=False) as counter:
+                    network()
+                found["tera-operations/step"] = counter.get_total_flops() / 1e12
+        return found
 
-    def host_waits(self, epoch: Callable[[int], None]) -> float | None:
+    def batches(self, batch: int) -> Tensor:
+        """Return the pictures of a batch of the trainer."""
+        random = torch.Generator().manual_seed(0)
+        return proxy_batches(self.proxies.label, 1, random, proxies=batch // 4)
+
+    def host_waits(self, run: Callable[[int], None]) -> float | None:
         """Return how often a step makes the host wait for the GPU, by torch's count."""
         if self.device.type != "cuda":
             return None
         counts = []
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            for iterations in (2, 6):
+            for steps in (2, 6):
                 with warnings.catch_warnings(record=True) as caught:
                     warnings.simplefilter("always")
-                    epoch(iterations)
+                    run(steps)
                 counts.append(sum("synchroniz" in str(w.message) for w in caught))
         finally:
             torch.cuda.set_sync_debug_mode("default")
         return (counts[1] - counts[0]) / 4
 
-    def plain(self, index: Tensor, pixels: Tensor, proxies: CameraProxies) -> float:
-        """Return the seconds of a step in float32, with loops over the pictures.
+    def plain(self, batch: int) -> Item:
+        """A step in float32, with loops over the pictures, as the public codes do it.
 
-        As the public codes do it, but for the pictures, which are decoded here and
-        changed by our `augment`.
+        But for the pictures, which are decoded here and changed by our `augment`.
         """
         model = self.model().to(memory_format=torch.contiguous_format)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, foreach=False)
-        memory = F.normalize(torch.randn(len(proxies), model.dim, device=self.device))
-        there, proxy = proxies.to(self.device), proxies.label[index].to(self.device)
+        entries = torch.randn(len(self.proxies), model.dim, device=self.device)
+        memory, there = F.normalize(entries), self.proxies.to(self.device)
+        pixels, index = self.pixels.to(self.device), next(iter(self.batches(batch)))
+        proxy, index = there.label[index], index.to(self.device)
         random = torch.Generator().manual_seed(0)
 
         def step() -> None:
-            pictures = augment(self.hardware.batch(pixels, index), random)
-            features = model(pictures.contiguous())
+            features = model(augment(pixels[index], random).contiguous())
             loss = rivals.loops(features, proxy, memory, there)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             rivals.loop_update(memory, features.detach(), proxy)
 
-        return self.seconds(step, 3)
+        seconds = self.seconds(step, 3)
+        return {"batch": len(index), "images/s": len(index) / seconds}
+
+    def kernels(self) -> Item:
+        """The twenty longest kernels of a step of the smallest batch."""
+        learner, run = self.epoch(self.sizes.batches[0], "bf16", "eager")
+        steps, gpu = self.sizes.steps, self.device.type == "cuda"
+        kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu
+        with learner.hardware.in_force(learner.config):
+            run(2)  # to warm up
+            with profile(activities=kinds) as profiler:
+                run(steps)
+        times: Counter[str] = Counter()
+        launches = 0
+        for event in profiler.key_averages():
+            spent = event.self_device_time_total if gpu else event.self_cpu_time_total
+            if spent and (not gpu or str(event.device_type).endswith("CUDA")):
+                times[event.key] += spent
+                launches += event.count
+        longest = {name: us / 1e3 / steps for name, us in times.most_common(20)}
+        return {
+            "kernels/step": launches / steps,
+            "in all, ms/step": times.total() / 1e3 / steps,
+            "longest, ms/step": longest,
+        }
 
     def extraction(self) -> Item:
         """Features of all pictures, as before every clustering."""
-        model, pixels = self.model(), self.pixels()
+        model, pixels = self.model(), self.pixels.to(self.device)
         with self.hardware.in_force(self.config):
             seconds = self.seconds(
                 lambda: extract_all(model, pixels, self.config, self.hardware), 3
             )
-        return {
-            "images/s": len(pixels) / seconds,
-            "precision": self.hardware.extraction,
-        }
+        found = {"precision": self.hardware.extraction}
+        return found | {"images/s": len(pixels) / seconds}
 
     # -------------------------------------------------------------------- agreement
 
-    def agreement(self) -> Item:
+    def agreement(self, tf32: bool) -> Item:
         """The same features, distances, labels, losses on CPU and device."""
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        try:
+            return self._agreement()
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    def _agreement(self) -> Item:
         n, dim = self.sizes.agreement, self.sizes.dim
         on_cpu, _ = self.features(n, dim, "cpu")
         there = on_cpu.to(self.device)
@@ -323,18 +375,14 @@ class Bench:
 
         cameras = torch.arange(n) % 6
         proxies = split_by_camera(torch.arange(n) // 12, cameras)
-        centroids = ProxyMemory.from_features(on_cpu, proxies).centroids
+        memory = ProxyMemory.from_features(on_cpu, proxies)
         anchors = torch.arange(0, n, max(1, n // 32))[:32]
 
         def losses_on(device: torch.device) -> tuple[Tensor, Tensor]:
             features = on_cpu[anchors].to(device).requires_grad_()
-            parts = method_losses(
-                self.config,
-                features,
-                proxies.label[anchors].to(device),
-                centroids.to(device),
-                proxies.to(device),
-            )
+            entries = ProxyMemory(memory.centroids.to(device))
+            proxy, known = proxies.label[anchors].to(device), proxies.to(device)
+            parts = method_losses(self.config, features, proxy, entries, known)
             found = torch.stack(list(parts.values()))
             found.sum().backward()
             assert features.grad is not None
@@ -343,16 +391,13 @@ class Bench:
         loss_a, grad_a = losses_on(torch.device("cpu"))
         loss_b, grad_b = losses_on(self.device)
 
-        model, pixels = self.model(), self.pixels()[:256]
-        size = {"height": self.sizes.height, "width": self.sizes.width}
-        model_there = extract(
-            model,
-            pixels,
-            **size,
-            device=self.device,
-            precision=self.hardware.extraction,
+        model, pixels = self.model(), self.pixels[:256]
+        how = {"height": self.sizes.height, "width": self.sizes.width}
+        precision = self.hardware.extraction
+        there = extract(
+            model, pixels, **how, device=self.device, precision=precision
         ).cpu()
-        model_here = extract(model.cpu(), pixels.cpu(), **size)
+        here = extract(model.cpu(), pixels, **how)
         return {
             "similarity, max difference": float((sim_a - sim_b).abs().max()),
             "neighbours, share equal": float((index_a == index_b).float().mean()),
@@ -365,7 +410,7 @@ class Bench:
                 (grad_a - grad_b).abs().max() / grad_a.abs().max()
             ),
             "features of the network, least cosine": float(
-                (model_here * model_there).sum(dim=1).min()
+                (here * there).sum(dim=1).min()
             ),
         }
 
@@ -375,9 +420,8 @@ class Bench:
         """Return random features around n/17 centres, and the centre of each."""
         random = torch.Generator(device).manual_seed(0)
         centre = torch.arange(n, device=device) // 17
-        found = torch.randn(n, dim, device=device, generator=random).mul_(
-            0.8 / dim**0.5
-        )
+        found = torch.randn(n, dim, device=device, generator=random)
+        found *= 0.8 / dim**0.5
         centres = torch.randn(n // 17 + 1, dim, device=device, generator=random)
         for rows in torch.arange(n, device=device).split(100_000):  # no second copy
             found[rows] += F.normalize(centres)[centre[rows]]
@@ -393,12 +437,13 @@ class Bench:
                 dim //= 2
         process, before = psutil.Process(), psutil.Process().memory_info().rss
         features, centre = self.features(n, dim, self.device)
-        marks = [time.perf_counter()]
+        marks = []
 
         def mark() -> None:
             self.wait()
             marks.append(time.perf_counter())
 
+        mark()
         neighbours = nearest_neighbours(features, 20)
         mark()
         distance = jaccard_distance(features, neighbours=neighbours, max_distance=0.5)
@@ -417,10 +462,10 @@ class Bench:
             "host GiB over before": (process.memory_info().rss - before) / 2**30,
         }
 
-    # ----------------------------------------------------------- the whole schedule
+    # -------------------------------------------------------------------- the epochs
 
     def market(self) -> ReIDDataset:
-        """Render a set of the shape of Market-1501."""
+        """Render a set of the shape of Market-1501, in a quarter of the pixels."""
         sizes = self.sizes
         whole = load_dataset(
             "synthetic",
@@ -429,9 +474,9 @@ class Bench:
             cameras=6,
             images_per_camera=6,
             presence=0.75,
-            height=sizes.height,
-            width=sizes.width,
-            workers=os.cpu_count() or 1,
+            height=max(sizes.height // 2, 16),
+            width=max(sizes.width // 2, 16),
+            workers=0 if sizes is TOY else os.cpu_count() or 1,
         )
 
         def some(images: ImageSet, count: int) -> ImageSet:
@@ -440,112 +485,144 @@ class Bench:
         parts = zip(whole.splits().values(), sizes.counts, strict=True)
         return ReIDDataset("market-shaped", *(some(*part) for part in parts))
 
-    def schedule(self, work: Path) -> Item | None:
-        """Train as the paper does; None when the time was up before the end."""
-        config: Config = replace(self.config, output=work)
+    def epochs(self) -> Item:
+        """Some epochs of the trainer, and what the paper's schedule would take.
 
-        class Pause(Exception):
-            pass
-
-        def on_epoch(record: Item) -> None:
-            longest = max(sum(record["seconds"].values()), 1)
-            if time.monotonic() + longest > self.deadline and (
-                record["epoch"] < config.epochs - 1
-            ):
-                raise Pause
-
-        try:
-            result = train(config, self.market(), on_epoch=on_epoch)
-        except Pause:
-            return None
-        stages: dict[str, float] = {}
-        for record in result.history:
-            for stage, seconds in record["seconds"].items():
-                stages[stage] = stages.get(stage, 0.0) + seconds
-        counts, devices = read_json(work / "environment.json", "counts", "device")
-        names = ("mAP", "rank1", "rank5", "rank10", "mINP")
-        return {
-            "counts": counts,
-            "device": devices,
-            "epochs": config.epochs,
-            "iterations": config.iterations,
-            "epochs without training": sum("skipped" in r for r in result.history),
-            "seconds": stages,
-            "seconds in all": sum(stages.values()),
-            "training, images/s": config.epochs
-            * config.iterations
-            * config.batch.proxies
-            * config.batch.images
-            / stages["train"],
-            "metrics": {name: result.final[name] for name in names},
+        The first epoch is left out of the estimate, since kernels are chosen in it.
+        """
+        dataset, start = self.market(), time.perf_counter()
+        with tempfile.TemporaryDirectory() as work:
+            config = replace(self.config, output=Path(work) / "run")
+            history = train(config, dataset).history
+        whole = time.perf_counter() - start
+        stages = {
+            stage: statistics.mean(r["seconds"][stage] for r in history[1:])
+            for stage in ("extract", "cluster", "train")
         }
+        evaluation = history[-1]["seconds"]["evaluate"]
+        epochs, iterations = SCHEDULE
+        longer = stages | {"train": stages["train"] * iterations / config.iterations}
+        return {
+            "counts": dataset.counts(),
+            "epochs": len(history),
+            "iterations": config.iterations,
+            "epochs without training": sum("skipped" in r for r in history),
+            "seconds in all": whole,
+            "seconds/epoch": stages,
+            "evaluation, seconds": evaluation,
+            f"{epochs} epochs of {iterations} iterations, extrapolated, minutes": (
+                epochs * sum(longer.values()) + EVALUATIONS * evaluation
+            )
+            / 60,
+        }
+
+
+class TimeUpError(Exception):
+    """A piece took longer than there was time."""
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """End the block with TimeUpError after some seconds."""
+
+    def end(*_: object) -> None:
+        raise TimeUpError("the time was up; the same command goes on")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def versions() -> dict[str, str]:
     """Return the versions of what is measured."""
-    found = {name: version(name) for name in ("o2cap", "torch", "torchvision", "numpy")}
-    return found | {"CUDA": torch.version.cuda or "none"}
+    found = {"o2cap": o2cap.__version__, "torch": torch.__version__}
+    return found | {"numpy": np.__version__, "CUDA": torch.version.cuda or "none"}
 
 
-def main(options: Options) -> Item:
-    """Measure what the record lacks, until the time is up, and return the record."""
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
-    deadline = time.monotonic() + 60 * options.minutes
-    sizes = TOY if options.toy else Sizes()
-    has_gpu = torch.cuda.is_available()
-    bench = Bench(sizes, "cpu" if options.toy or not has_gpu else "cuda", deadline)
-    name = torch.cuda.get_device_name() if bench.device.type == "cuda" else "none"
+def measure(output: Path, minutes: float, toy: bool = False) -> Item:
+    """Measure what the record lacks, until the time is up, and return the record.
+
+    Parameters
+    ----------
+    output : Path
+        The record; a call adds to what it holds of the same device.
+    minutes : float
+        When to stop.
+    toy : bool
+        Tiny sizes on the CPU, to see that every piece works; the numbers say nothing.
+    """
+    deadline = time.monotonic() + 60 * minutes
+    sizes = TOY if toy else Sizes()
+    has_gpu = torch.cuda.is_available() and not toy
+    bench = Bench(sizes, "cuda" if has_gpu else "cpu")
     record: Item = {
         "date": time.strftime("%Y-%m-%d"),
-        "GPU": name,
-        "toy": options.toy,
+        "GPU": torch.cuda.get_device_name() if has_gpu else "none",
+        "toy": toy,
         "sizes": json.loads(json.dumps(asdict(sizes))),
         "versions": versions(),
         "items": {},
         "rows": [],
     }
-    if options.output.is_file():
-        same = ("GPU", "toy", "sizes", "versions")
-        old = read_json(options.output, *same, "items", "rows")
-        if old[:-2] == [record[key] for key in same]:
-            record["items"], record["rows"] = old[-2:]
-
-    def keep() -> None:
-        with replacing(options.output) as path:
-            path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-    for piece, measure in bench.pieces().items():
-        if not options.toy and not has_gpu:
-            reason = "no CUDA GPU where this record was written"
-            record["items"][piece] = {"not measured": reason}
-            continue
-        if piece in record["items"] and "not measured" not in record["items"][piece]:
-            continue
-        found: Item | None = None
-        if time.monotonic() < deadline:
-            logging.info("%s ...", piece)
-            last = piece == "whole schedule"
-            found = bench.schedule(options.work) if last else measure()
-        if found is None:
-            reason = "the time was up; the same command goes on"
-            record["items"][piece] = {"not measured": reason}
-        else:
-            record["items"][piece] = found
-            logging.info("%s", json.dumps(found, indent=1))
-        keep()
+    if output.is_file():
+        *old, items = read_json(output, "GPU", "toy", "sizes", "versions", "items")
+        if old == [record[key] for key in ("GPU", "toy", "sizes", "versions")]:
+            record["items"] = items
     items = record["items"]
-    peak = items["matrix products"].get("tera-operations/s")
-    for item in items.values():
-        if peak and "tera-operations/step" in item:
-            done = 1e3 * item["tera-operations/step"] / item["ms/step"]
-            item["share of the peak"] = done / peak
-    if "metrics" in items["whole schedule"]:
-        row = {"dataset": "market-shaped", "method": bench.config.method, "seed": 0}
-        row |= {"metrics": items["whole schedule"]["metrics"], "versions": versions()}
-        record["rows"] = [row]
-    keep()
+    for name, (needs, piece) in bench.pieces().items():
+        left = deadline - time.monotonic()
+        if name in items and "not measured" not in items[name]:
+            continue
+        if not toy and not has_gpu:
+            found = {"not measured": "no CUDA GPU where this record was written"}
+        elif left < (0 if toy else needs):
+            found = {"not measured": "the time was up; the same command goes on"}
+        else:
+            logging.info("%s ...", name)
+            try:
+                with at_most(left):
+                    found = piece()
+            except Exception as error:  # of this piece, and not of the next
+                found = {"not measured": f"{type(error).__name__}: {error}"[:500]}
+            logging.info("%s", json.dumps(found, indent=1))
+        items[name] = found
+        with replacing(output) as path:
+            path.write_text(json.dumps(with_ratios(record), indent=1) + "\n")
     return record
 
 
+def with_ratios(record: Item) -> Item:
+    """Hold the training against the peak and the plain version."""
+    items = record["items"]
+    for name, item in items.items():
+        if name.startswith("training") and "ms/step" in item:
+            precision, batch = item["precision"], f"training, batch {item['batch']}"
+            peak = items.get(f"matrix products, {precision}", {})
+            plain = items.get(f"{batch}, plain", {})
+            eager = items.get(f"{batch}, eager, {precision}", {})
+            work = eager.get("tera-operations/step")
+            if work and "tera-operations/s" in peak:
+                reached = 1e3 * work / item["ms/step"]
+                item["share of the peak"] = reached / peak["tera-operations/s"]
+            if "images/s" in plain:
+                item["times the plain version"] = item["images/s"] / plain["images/s"]
+    return record
+
+
+def main() -> None:
+    """Measure, and write the record."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    record = Path("reproduce/records/gpu.json")
+    parser.add_argument("--output", type=Path, default=record, help="the record")
+    parser.add_argument("--minutes", type=float, default=8, help="when to stop")
+    parser.add_argument("--toy", action="store_true", help="tiny sizes, on the CPU")
+    measure(**vars(parser.parse_args()))
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    main()

@@ -1,7 +1,7 @@
 """Camera-aware unsupervised re-identification: the package behind the O2CAP Book."""
 
 import os
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from o2cap.files import cache_folder
@@ -14,4 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if not os.access(Path(__file__).parent, os.W_OK):
     os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_folder() / "numba"))
 
-__version__ = version("o2cap")
+try:
+    __version__ = version("o2cap")
+except PackageNotFoundError:  # a checkout that was not installed
+    __version__ = "unknown"
