@@ -7,9 +7,7 @@ import csv
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,6 @@ from PIL import Image
 from o2cap.config import ClusteringConfig
 from o2cap.errors import InputError
 from o2cap.trainer import train
-from o2cap_book import report as module
-from o2cap_book.figures import project
 from o2cap_book.report import report
 
 TINY = tiny.config(
@@ -31,15 +27,6 @@ TINY = tiny.config(
     clustering=ClusteringConfig(k1=6, k2=2, eps=0.7, min_samples=2),
 )
 HOSTILE = "<script>alert(1)</script>&\"'"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _fast_maps() -> Iterator[None]:
-    """t-SNE in place of UMAP, whose first call compiles for many seconds."""
-    fast = partial(project, method="tsne")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "project", fast)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +145,7 @@ def test_the_page_of_a_whole_run(page: Page, whole: Path) -> None:
         environment["fingerprint"],
         environment["versions"]["torch"],
         "clustering.k1 6 15",  # 15 is the preset's
-        "train 12 4 2",
+        "train 24 4 2",
     ):
         assert fact in page.text
     seconds = sum(record["seconds"]["train"] for record in history)
@@ -227,7 +214,7 @@ def test_a_run_without_identities_that_left_a_picture_out(blind: Path) -> None:
     assert "Map of the training pictures" in page.texts["h2"]
     alts = [str(image["alt"]) for image in page.all("img")]
     assert not any("Ranked" in alt for alt in alts)
-    assert any("map of 47 pictures by cluster and by camera" in alt for alt in alts)
+    assert any("Map of 47 pictures by cluster and by camera" in alt for alt in alts)
 
 
 def test_a_run_that_goes_on(copy: Path) -> None:
