@@ -478,7 +478,7 @@ def input_facts(dataset: ReIDDataset, labels: Tensor | None) -> Metrics:
 
 def describe_environment(config: Config, hardware: Hardware) -> Metrics:
     """Return versions, device, seed and commit."""
-    packages = ["o2cap", "torch", "torchvision", "numpy", "scipy", "numba"]
+    packages = ["torch", "torchvision", "numpy", "scipy", "numba"]
     packages += ["timm"] * config.backbone.startswith("timm:")
     device = str(hardware.device)
     if hardware.device.type == "cuda":
