@@ -1,5 +1,6 @@
 """Decoding: every mode, every damage, one size; in memory or on the disk."""
 
+import os
 import resource
 from collections.abc import Callable
 from dataclasses import replace
@@ -248,11 +249,13 @@ def damage(path: Path, how: str) -> None:
         path.write_text("<html>404</html>")
     elif how == "folder":
         path.mkdir()
+    elif how == "pipe":
+        os.mkfifo(path)
     else:
         assert how == "missing"
 
 
-DAMAGES = ["truncated", "empty", "no picture", "folder", "missing"]
+DAMAGES = ["truncated", "empty", "no picture", "folder", "pipe", "missing"]
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])

@@ -47,8 +47,7 @@ def load_dataset(
         Leave out, with a warning, pictures that a manifest names and that do not
         exist, and folders that cannot be read, instead of stopping.
     **options
-        For msmt17 `val` (bool, True): train on the pictures of list_val.txt too. For
-        the rendered sets the fields of `SyntheticConfig`, and `height`, `width`,
+        For the rendered sets: the fields of `SyntheticConfig`, and `height`, `width`,
         `workers` and `cache` of `render_dataset`.
 
     Returns
@@ -73,7 +72,7 @@ def load_dataset(
         return render_dataset(SyntheticConfig(**(options | EMBEDDED[name])), **how)
     if name not in READERS:
         raise InputError(unknown("The data set", name, [*EMBEDDED, *READERS]))
-    reading = read_dataset(name, root, skip_unreadable=skip_missing, **options)
+    reading = read_dataset(name, root, skip_missing, **options)
     if reading.problems:
         more = len(reading.problems) - 1
         rest = f" There are {more} more problems: o2cap data verify." if more else ""

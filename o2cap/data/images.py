@@ -25,11 +25,8 @@ PICTURE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp"),
     *(".webp", ".tif", ".tiff", ".gif"),
 )
-# Pictures, too, but not read: they are counted, so that nobody misses them unawares.
-OTHER_SUFFIXES = (
-    *(".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".ppm", ".pgm"),
-    *(".mp4", ".avi", ".mov", ".mkv"),
-)
+# Not read, but counted, so that nobody misses them unawares.
+OTHER_SUFFIXES = (".heic", ".heif", ".avif", ".jp2", ".dng", ".mp4", ".avi", ".mov")
 
 # What a file may hold, whatever its suffix. Pillow knows forty more formats: parsers
 # of long-forgotten ones, and PostScript, for which it starts another program.

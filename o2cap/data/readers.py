@@ -50,7 +50,6 @@ PUBLISHED: dict[str, dict[str, dict[str, int]]] = {
         "gallery": {"images": 11_579, "identities": 200},
     },
 }
-MSMT17_TRAIN_WITHOUT_VAL = 30_248
 
 SPLITS = ("train", "query", "gallery")
 
@@ -107,7 +106,7 @@ class Reading:
 
 
 def read_dataset(
-    name: str, root: Path | None, *, skip_unreadable: bool = False, **options: Any
+    name: str, root: Path | None, skip_unreadable: bool = False
 ) -> Reading:
     """Read the real data set `name` and say what was found.
 
@@ -120,8 +119,6 @@ def read_dataset(
     skip_unreadable : bool
         Leave out folders that cannot be read, with a warning, and pictures that a
         manifest names and that do not exist, with a note.
-    **options
-        For msmt17 `val` (bool, True): train on the pictures of list_val.txt too.
 
     Raises
     ------
@@ -140,7 +137,7 @@ def read_dataset(
                 f"--root {root} is not {means}; archives of the four benchmarks are "
                 "unpacked by the programs in data_scripts/."
             )
-        reading = READERS[name](root, skip_unreadable, **options)
+        reading = READERS[name](root, skip_unreadable)
     parts: dict[str, Any] = reading.dataset.splits()
     grey = find_grey_range(chain.from_iterable(part.paths for part in parts.values()))
     if grey is not None:
@@ -153,14 +150,12 @@ def read_dataset(
     return reading
 
 
-def verify_dataset(
-    name: str, root: Path | None, *, pictures: bool = False, **options: Any
-) -> Reading:
+def verify_dataset(name: str, root: Path | None, *, pictures: bool = False) -> Reading:
     """Count a real data set, compare with the published counts, list what is wrong.
 
     Parameters
     ----------
-    name, root, **options
+    name, root
         As for :func:`read_dataset`.
     pictures : bool
         Read every picture too, as training does, and list those that cannot be.
@@ -176,7 +171,7 @@ def verify_dataset(
     InputError
         When the name is unknown, or `root` does not hold the layout.
     """
-    reading = read_dataset(name, root, **options)
+    reading = read_dataset(name, root)
     reading.problems += reading.differences()
     if pictures:
         parts = reading.dataset.splits().values()
@@ -296,18 +291,20 @@ _MSMT17_LINE = re.compile(
 )
 
 
-def _msmt17(root: Path, skip_unreadable: bool, val: bool = True) -> Reading:
+def _msmt17(root: Path, skip_unreadable: bool) -> Reading:
     """Wei et al., CVPR 2018; V1 and V2 (masked faces), by their list files.
 
     The camera is the third field of a file name, the identity stands in the list.
-    Test numbering starts again at 0: test identities are shifted past the training
-    ones, so that equal numbers are equal persons.
+    Validation pictures are trained on, as everywhere. Test numbering starts again at 0:
+    test identities are shifted past the training ones, so that equal numbers are equal
+    persons.
     """
     base, folders = _base(root, list(_MSMT17))
-    parts, problems = {}, []
+    parts: list[list[Picture]] = []
+    problems: list[str] = []
     for part in ("train", "val", "query", "gallery"):
-        place, pictures, missing = base / f"list_{part}.txt", [], []
-        folder = base / folders[part in ("query", "gallery")]
+        place, missing = base / f"list_{part}.txt", []
+        parts.append([])
         lines = place.read_text("utf-8-sig", "replace").splitlines()
         for number, line in enumerate(lines, start=1):
             match = _MSMT17_LINE.fullmatch(line.strip())
@@ -316,26 +313,19 @@ def _msmt17(root: Path, skip_unreadable: bool, val: bool = True) -> Reading:
                     f"{place}, line {number}: {line[:80]!r} is not a picture and an "
                     "identity, as in 0000/0000_000_01_0303morning_0008_0.jpg 0."
                 )
-            path = folder / match[1]
-            pictures.append((path, int(match[2]) - 1, int(match[3]), "", ""))
+            path = base / folders[part in ("query", "gallery")] / match[1]
+            parts[-1].append((path, int(match[2]) - 1, int(match[3]), "", ""))
             if not path.is_file():
                 missing.append(match[1])
         defect = f"Pictures named in {place} do not exist"
         problems += _sentence(defect, missing, "unpack the archive again")
-        parts[part] = pictures
-    first = max((row[2] for row in parts["train"] + parts["val"]), default=-1) + 1
-    query, gallery = (
-        [(*row[:2], row[2] + first, *row[3:]) for row in parts[part]]
-        for part in ("query", "gallery")
-    )
-    train = parts["train"] + (parts["val"] if val else [])
-    expected = PUBLISHED["msmt17"]
-    if not val:
-        without = {"images": MSMT17_TRAIN_WITHOUT_VAL}
-        expected = expected | {"train": expected["train"] | without}
-    images = [_images(part) for part in (train, query, gallery)]
-    dataset = ReIDDataset(f"msmt17-{_MSMT17[folders]}", *images)
-    return Reading(dataset, expected, problems=problems)
+    train = parts[0] + parts[1]
+    first = max((row[2] for row in train), default=-1) + 1
+    test = [
+        [(*row[:2], row[2] + first, *row[3:]) for row in part] for part in parts[2:]
+    ]
+    dataset = ReIDDataset(f"msmt17-{_MSMT17[folders]}", *map(_images, (train, *test)))
+    return Reading(dataset, PUBLISHED["msmt17"], problems=problems)
 
 
 def _base(
@@ -388,9 +378,9 @@ def _manifest(path: Path, skip_unreadable: bool) -> Reading:
             header = [name.strip() for name in reader.fieldnames or ()]
             reader.fieldnames = header
             if any(header.count(name) != 1 for name in COLUMNS):
-                raise InputError(
-                    f"{path}: the first line must be {','.join(COLUMNS)}, with commas, "
-                    f"in any order, not {','.join(header)[:80]!r}."
+                raise ValueError(
+                    f"it must be {','.join(COLUMNS)}, with commas, in any order, not "
+                    f"{','.join(header)[:80]!r}"
                 )
             for row in reader:
                 split, written, pid, camid = _entry(row)
@@ -415,8 +405,6 @@ def _manifest(path: Path, skip_unreadable: bool) -> Reading:
         raise InputError(
             f"{path} is not UTF-8 text; save it as 'CSV UTF-8'."
         ) from error
-    except InputError:
-        raise
     except (csv.Error, ValueError) as error:
         raise InputError(f"{path}, line {reader.line_num}: {error}.") from error
     if not seen and not missing:
