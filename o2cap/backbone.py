@@ -57,7 +57,9 @@ class IBN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         first, second = x.split([self.IN.num_features, self.BN.num_features], dim=1)
-        return torch.cat([self.IN(first), self.BN(second)], dim=1)
+        whole = torch.cat([self.IN(first), self.BN(second)], dim=1)
+        # Instance norm gives the usual layout, and the next convolution would follow.
+        return whole.contiguous(memory_format=torch.channels_last)
 
 
 class TinyResNet(nn.Module):

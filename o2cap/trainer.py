@@ -95,6 +95,8 @@ def train(
     with joined, RunDirectory.claim(config, resume) as run:
         if dataset is None:
             dataset = distributed.on_first(load_configured, config)
+            if distributed.size() > 1 and dataset.name.startswith("synthetic"):
+                dataset = load_configured(config)  # rendered on every machine
         labels = pseudo_labels
         if labels is not None:
             labels = labels.cpu()
@@ -441,6 +443,17 @@ def announce(dataset: ReIDDataset, hardware: Hardware, run: RunDirectory) -> Non
         )
     if not len(dataset.query):
         logger.info("no query and gallery: clusters are reported, but no mAP")
+    batch, k = run.config.batch, distributed.size()
+    if (
+        k > 1
+        and hardware.device.type == "cuda"
+        and batch.proxies * batch.images < 16 * k
+    ):
+        logger.warning(
+            "Fewer than 16 pictures a GPU: %d GPUs are hardly faster than one. Try "
+            "--batch.proxies %d and --optim.lr %g, larger by the number of GPUs.",
+            *(k, k * batch.proxies, k * run.config.optim.lr),
+        )
 
 
 def describe_clusters(clusters: Tensor, camids: Tensor, pids: Tensor | None) -> Metrics:

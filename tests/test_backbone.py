@@ -166,6 +166,7 @@ def test_ibn_is_half_instance_half_batch_norm() -> None:
         normal = (all_of - all_of.mean()) / (all_of.var(correction=0) + 1e-5).sqrt()
         expected = normal + norm.BN.bias[c]
         torch.testing.assert_close(found[:, 3 + c], expected, rtol=1e-4, atol=1e-4)
+    assert norm(x).is_contiguous(memory_format=torch.channels_last)
 
 
 def public_ibn_names() -> set[str]:
