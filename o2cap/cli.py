@@ -141,8 +141,8 @@ def embed(run: Run, pictures: Pictures, output: Out, how: _How = How()) -> None:
 
     Args:
         run: Run directory.
-        pictures: Files and folders.
-        output: The .npz file to write: paths, features, camids.
+        pictures: Files and folders, or one manifest (.csv).
+        output: The .npz file to write: paths, features, camids, cameras, identities.
     """
     from o2cap import inference
 
@@ -167,8 +167,9 @@ def search(
 
     Args:
         run: Run directory.
-        queries: Pictures, or folders of them.
-        gallery: Where to search: a folder, or the .npz file of o2cap embed.
+        queries: Pictures, folders of them, or one manifest (.csv).
+        gallery: Where to search: a folder, a manifest (.csv), or the .npz file of o2cap
+            embed.
         output: Also draw the ranked lists (.png), or write them (.json, .csv).
         top: Matches of a query at most.
         max_distance: Largest cosine distance of a match, from 0 to 2.
@@ -199,7 +200,7 @@ def cluster(
 
     Args:
         run: Run directory.
-        pictures: Files and folders, or one .npz file of o2cap embed.
+        pictures: Files and folders, or one manifest (.csv) or .npz file of o2cap embed.
         output: The .csv or .json file to write: path, camid, camera, cluster (-1: an
             outlier).
         sheets: Also draw a contact sheet per cluster, into this new folder.

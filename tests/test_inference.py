@@ -92,6 +92,7 @@ def embedding(run: Path, pictures: Path) -> Embedding:
         ("cam/x.png", "", -1),
         ("abc4/x.png", "", -1),
         ("lobby/x.png", "lobby", 0),  # a camera of the run
+        ("3/x.png", "", -1),
     ],
 )
 def test_names_say_cameras_and_no_identities(
@@ -99,7 +100,7 @@ def test_names_say_cameras_and_no_identities(
 ) -> None:
     folder = tmp_path / "set"
     paint(folder / name, 0, 0, 0)
-    found = find_pictures(folder, [(0, "lobby"), (7, "yard")])
+    found = find_pictures(folder, [(0, "lobby"), (7, "yard"), (3, "3")])
     assert list(found.paths) == [folder / name]
     assert found.camids.tolist() == [camid]
     assert (found.camera(0), found.identity(0)) == (camera, "")
@@ -352,7 +353,7 @@ def test_identities_come_from_one_layout_or_a_manifest(
         "p3": True,
         "p4": False,
     }
-    embed(run, manifest).save(tmp_path / "f.npz")
+    embed(run, [manifest]).save(tmp_path / "f.npz")
     assert search(run, inside, tmp_path / "f.npz").matches() == ranking.matches()
 
 

@@ -38,8 +38,8 @@ def find_pictures(
     where : Path or sequence of Path
         Files and folders, or one manifest.
     cameras : iterable of (int, str)
-        Numbers and names of cameras that are known. Another one gets the number that
-        its name ends in, or the next.
+        Numbers and names of cameras that are known; a mere number is no name. Another
+        camera gets the number that its name ends in, or the next.
     skip_unreadable : bool
         Leave out what cannot be read, with a warning.
 
@@ -48,15 +48,17 @@ def find_pictures(
     InputError
         When something does not exist, or there are no pictures.
     """
-    numbers = {name: number for number, name in cameras}
+    # A folder called 7 may be anything.
+    numbers = {name: number for number, name in cameras if not name.isdecimal()}
     found: dict[Path, str] = {}
-    for given in [where] if isinstance(where, Path) else where:
+    where = [where] if isinstance(where, Path) else where
+    for given in where:
         place = Path(os.path.abspath(given.expanduser()))
         with usable(place):
             is_folder, is_file = place.is_dir(), place.is_file()
         if not (is_folder or is_file):
             raise InputError(f"{given} does not exist; name a picture or a folder.")
-        if given == where and is_file and place.suffix.lower() == ".csv":
+        if len(where) == 1 and is_file and place.suffix.lower() == ".csv":
             return _listed(place, skip_unreadable)
         paths = list_pictures(place, skip_unreadable) if is_folder else [place]
         if not paths:
