@@ -13,6 +13,9 @@ neighbour lists give equal distances, in any order of the rows and by any number
 threads.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numba
 import numpy as np
 import torch
@@ -27,6 +30,19 @@ _GRID = 2.0**21  # distances are multiples of its inverse
 _BLOCKS = 64  # of rows, each with scratch of its own, for the threads to share
 
 
+@contextmanager
+def _threads_of_torch() -> Iterator[None]:
+    """As many threads as torch was given; the result is the same."""
+    threads: int = torch.get_num_threads()
+    most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    numba.set_num_threads(min(threads, most))
+    try:
+        yield
+    finally:  # both compute by one OpenMP, and numba tells it its own number
+        torch.set_num_threads(threads)
+
+
+@_threads_of_torch()
 def jaccard_distance(
     features: Tensor,
     k1: int = 20,
@@ -83,6 +99,7 @@ def jaccard_distance(
     return _jaccard(_expand_queries(weights, index[:, :k2]), max_distance)
 
 
+@_threads_of_torch()
 def camera_aware_jaccard(
     features: Tensor,
     camids: Tensor,
@@ -330,8 +347,6 @@ def _expand_queries(weights: csr_array, index: np.ndarray) -> csr_array:
 
 def _jaccard(weights: csr_array, max_distance: float) -> csr_array:
     """Jaccard distances, up to a limit, of all rows of V that share a column."""
-    # As many threads as torch was given; the result is the same.
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
     n, columns = weights.shape[0], weights.tocsc()
     v = weights.indptr, weights.indices, weights.data
     c = columns.indptr, columns.indices, columns.data

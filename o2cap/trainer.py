@@ -14,12 +14,7 @@ from torch import Tensor
 
 from o2cap import distributed, losses
 from o2cap.backbone import build_model
-from o2cap.clustering import (
-    camera_aware_jaccard,
-    camera_neighbours,
-    dbscan,
-    jaccard_distance,
-)
+from o2cap.clustering import camera_aware_jaccard, dbscan, jaccard_distance
 from o2cap.config import Config
 from o2cap.data import load_configured
 from o2cap.data.images import ReIDDataset
@@ -30,7 +25,6 @@ from o2cap.errors import InputError
 from o2cap.evaluation import Evaluator, check_parts, clustering_quality
 from o2cap.features import extract_all, standardise_by_camera
 from o2cap.learner import Learner
-from o2cap.neighbours import nearest_neighbours
 from o2cap.proxies import (
     CameraProxies,
     ProxyMemory,
@@ -149,7 +143,7 @@ def train_epochs(
         with stage("cluster", seconds):
             clusters = labels
             if clusters is None:
-                clusters = find_clusters(features, camids, config)
+                clusters = distributed.on_first(find_clusters, features, camids, config)
             proxies = make_proxies(clusters, camids, config)
             memory = ProxyMemory.from_features(features, proxies, config.loss.momentum)
             distributed.copy_buffers(memory)
@@ -239,8 +233,6 @@ def warm_start(learner: Learner, run: RunDirectory) -> None:
 def find_clusters(features: Tensor, camids: Tensor, config: Config) -> Tensor:
     """Return pseudo labels, LongTensor [N], −1 for outliers.
 
-    Each process searches the neighbours of its share; the first one clusters.
-
     Parameters
     ----------
     features : FloatTensor [N, D]
@@ -250,37 +242,24 @@ def find_clusters(features: Tensor, camids: Tensor, config: Config) -> Tensor:
     config : Config
         Its `clustering` says how.
     """
-    settings, n = config.clustering, len(features)
+    settings = config.clustering
     if settings.standardise:
         features = standardise_by_camera(features, camids)
-    share = distributed.share(n)
-    # DBSCAN asks for no distance above eps.
-    limit: dict[str, Any] = {"max_distance": settings.eps}
-    k1 = {"k1_intra": settings.k1_intra, "k1_inter": settings.k1_inter}
-    k2 = {"k2_intra": settings.k2_intra, "k2_inter": settings.k2_inter}
-    # With one camera there are no lists across cameras.
-    aware = settings.distance == "camera_aware" and len(camids.unique()) > 1
-    if aware:
-        found = camera_neighbours(features, camids, **k1, rows=share)
+    # DBSCAN asks for no distance above eps. With one camera there are no lists across
+    # cameras, so the plain distance serves.
+    eps = settings.eps
+    if settings.distance == "camera_aware" and len(camids.unique()) > 1:
+        names = ("k1_intra", "k1_inter", "k2_intra", "k2_inter")
+        lengths: dict[str, Any] = {name: getattr(settings, name) for name in names}
+        lengths["max_distance"] = eps
+        distance = camera_aware_jaccard(features, camids, **lengths)
     else:
-        found = nearest_neighbours(features, min(settings.k1, n), rows=share)
-    similarity, index = (distributed.gather(part, n) for part in found)
-    near = similarity, index
-
-    def cluster() -> Tensor:
-        distance = (
-            camera_aware_jaccard(features, camids, **k1, **k2, neighbours=near, **limit)
-            if aware
-            else jaccard_distance(
-                features, settings.k1, settings.k2, neighbours=near, **limit
-            )
-        )
-        clusters = dbscan(distance, settings.eps, settings.min_samples)
-        if settings.drop_single_camera:
-            clusters = drop_single_camera(clusters, camids)
-        return clusters
-
-    return distributed.on_first(cluster)
+        k1, k2 = settings.k1, settings.k2
+        distance = jaccard_distance(features, k1, k2, max_distance=eps)
+    clusters = dbscan(distance, eps, settings.min_samples)
+    if settings.drop_single_camera:
+        clusters = drop_single_camera(clusters, camids)
+    return clusters
 
 
 def make_proxies(clusters: Tensor, camids: Tensor, config: Config) -> CameraProxies:
@@ -421,21 +400,16 @@ def prepare(
 
 def announce(dataset: ReIDDataset, hardware: Hardware, run: RunDirectory) -> None:
     """Say what is trained, on what, and with which pictures."""
+    config, k = run.config, distributed.size()
     logger.info(
-        "%s from weights %s on %s, %d processes, precision %s, %d threads; run "
-        "directory %s",
-        run.config.method,
-        run.config.weights,
-        hardware.device,
-        distributed.size(),
-        hardware.precision,
-        hardware.threads,
-        run.path,
+        f"{config.method} from weights {config.weights} on {hardware.device}, {k} "
+        f"processes, precision {hardware.precision}, {hardware.threads} threads; run "
+        f"directory {run.path}"
     )
     for split, counts in dataset.counts().items():
         said = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
-        logger.info("%s %s: %s", dataset.name, split, said or "none")
-    if run.config.method != "baseline" and dataset.train.camids.unique().numel() == 1:
+        logger.info(f"{dataset.name} {split}: {said or 'none'}")
+    if config.method != "baseline" and len(dataset.train.camids.unique()) == 1:
         logger.warning(
             "All training pictures come from one camera: every cluster is one proxy, "
             "so the camera-aware parts have nothing to do; the distance is the plain "
@@ -443,16 +417,12 @@ def announce(dataset: ReIDDataset, hardware: Hardware, run: RunDirectory) -> Non
         )
     if not len(dataset.query):
         logger.info("no query and gallery: clusters are reported, but no mAP")
-    batch, k = run.config.batch, distributed.size()
-    if (
-        k > 1
-        and hardware.device.type == "cuda"
-        and batch.proxies * batch.images < 16 * k
-    ):
+    few = config.batch.proxies * config.batch.images < 16 * k
+    if few and k > 1 and hardware.device.type == "cuda":
         logger.warning(
-            "Fewer than 16 pictures a GPU: %d GPUs are hardly faster than one. Try "
-            "--batch.proxies %d and --optim.lr %g, larger by the number of GPUs.",
-            *(k, k * batch.proxies, k * run.config.optim.lr),
+            f"Fewer than 16 pictures a GPU: {k} GPUs are hardly faster than one. Try "
+            f"--batch.proxies {k * config.batch.proxies} and --optim.lr "
+            f"{k * config.optim.lr:g}, larger by the number of GPUs."
         )
 
 
@@ -479,10 +449,9 @@ def can_train(record: Metrics) -> bool:
         return True
     record["skipped"] = True
     logger.warning(
-        "epoch %d: %d clusters, so nothing to tell apart; no training in this epoch (a "
-        "larger --clustering.eps or a smaller --clustering.min-samples finds more)",
-        record["epoch"],
-        record["clusters"],
+        f"epoch {record['epoch']}: {record['clusters']} clusters, so nothing to tell "
+        "apart; no training in this epoch (a larger --clustering.eps or a smaller "
+        "--clustering.min-samples finds more)"
     )
     return False
 

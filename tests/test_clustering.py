@@ -193,6 +193,16 @@ def test_order_and_rotation_of_the_features(seed, n):
     np.testing.assert_allclose(to_dense(turned), to_dense(before), atol=1e-6)
 
 
+def test_torch_keeps_its_threads():
+    """numba computes by the same OpenMP, and would leave its own number behind."""
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        jaccard_distance(normalize(torch.randn(60, 8)), 8, 2)
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+
+
 def test_number_of_threads_changes_nothing():
     f, camids = crowd(400, spread=1.0), torch.arange(400) % 3
     found = []
