@@ -792,7 +792,7 @@ def commands(case: Case) -> None:
         words += ["--output", str(used)]  # a file: nothing is ever trained
     if one_of(draw, True, False):  # a command that is whole, with a path that is not
         words = with_a_bad_path(case)
-    said, printed = io.StringIO(), io.StringIO()
+    said, printed = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in "ab")
     before = Path.cwd()
     os.chdir(case.folder)
     try:
@@ -802,9 +802,12 @@ def commands(case: Case) -> None:
         code = stop.code
     finally:
         os.chdir(before)
-    assert code in (0, 2), f"{words}: code {code}, {said.getvalue()}"
-    assert "Traceback" not in said.getvalue() + printed.getvalue()
-    assert code == 0 or said.getvalue().strip() or printed.getvalue().strip()
+    for stream in (said, printed):
+        stream.seek(0)
+    text = said.read() + printed.read()
+    assert code in (0, 2), f"{words}: code {code}, {text}"
+    assert "Traceback" not in text
+    assert code == 0 or text.strip()
     case.tally["refused" if code else "taken"] += 1
 
 
