@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -51,9 +52,10 @@ def _prepare() -> None:
     """Decide how text and signals leave the program; nothing of it ever fails."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or Path(os.devnull).open("w")  # noqa: SIM115
-        # a file name that is no text goes out as the bytes that it is
-        utf8 = stream.encoding.lower() == "utf-8"
-        stream.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):
+            # a file name that is no text goes out as the bytes that it is
+            utf8 = stream.encoding.lower() == "utf-8"
+            stream.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
         setattr(sys, name, stream)
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
     logging.getLogger("o2cap").setLevel("INFO" if cli.speaks() else "ERROR")

@@ -37,9 +37,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         NaN or infinity.
     """
     state: Any
-    if path.is_dir():
-        path = path / "model.safetensors"
     try:
+        if path.is_dir():
+            path = path / "model.safetensors"
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:

@@ -30,7 +30,8 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from o2cap import cli, distributed, losses, trainer
+from o2cap import distributed, losses, trainer
+from o2cap.__main__ import main
 from o2cap.backbone import build_model
 from o2cap.config import BatchConfig, Config, OptimConfig
 from o2cap.data.images import ReIDDataset
@@ -327,10 +328,10 @@ def test_what_the_first_process_refuses_ends_all_with_one_sentence(
     folder: Path, tmp_path: Path
 ) -> None:
     said, words = tmp_path / "said", command(folder, tmp_path / "run", epochs=1)
-    assert cli.main(words) == 0
+    assert main(words) == 0
     (tmp_path / "run/summary.json").unlink()
     (tmp_path / "run/checkpoint.pt").write_bytes(b"x" * 99)
-    assert run(said, cli.main, words) == [2, 2]
+    assert run(said, main, words) == [2, 2]
     (sentence,) = [x for x in said.read_text().splitlines() if x.startswith("o2cap: ")]
     assert "checkpoint.pt is damaged" in sentence
     assert "Traceback" not in said.read_text()
@@ -339,7 +340,7 @@ def test_what_the_first_process_refuses_ends_all_with_one_sentence(
 def test_options_are_refused_once(folder: Path, tmp_path: Path) -> None:
     said = tmp_path / "said"
     words = [*command(folder, tmp_path / "run"), "--epoch", "3"]
-    assert run(said, cli.main, words) == [2, 2]
+    assert run(said, main, words) == [2, 2]
     assert said.read_text().count("Unrecognized options: --epoch") == 1
 
 
@@ -399,7 +400,7 @@ def test_torchrun_ends_the_job_of_a_killed_process(
 
 def test_torchrun_of_one_process_is_a_plain_run(folder: Path, tmp_path: Path) -> None:
     plain, torchrun = tmp_path / "plain", tmp_path / "torchrun"
-    assert cli.main(command(folder, plain)) == 0
+    assert main(command(folder, plain)) == 0
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     words = [*program, "--nproc-per-node", "1", "-m", "o2cap"]
     ended = subprocess.run(
