@@ -83,8 +83,6 @@ def jaccard_distance(
     Book: :eq:`jaccard_distance`
     """
     n = len(features)
-    if n == 0:
-        raise ValueError("features must have at least one row")
     if not 1 <= k2 <= k1:
         raise ValueError(f"k2 must be from 1 to k1, got k1={k1} and k2={k2}")
     _check_limit(max_distance)
@@ -93,8 +91,6 @@ def jaccard_distance(
     if neighbours is None:
         neighbours = nearest_neighbours(features, k1)
     similarity, index = _checked(neighbours, n, k1)
-    if not (index[:, 0] == np.arange(n)).all():
-        raise ValueError("the first neighbour of every row must be the row itself")
     weights = _weights(features, similarity, index, half)
     return _jaccard(_expand_queries(weights, index[:, :k2]), max_distance)
 
@@ -173,12 +169,7 @@ def camera_aware_jaccard(
 
 
 def camera_neighbours(
-    features: Tensor,
-    camids: Tensor,
-    k1_intra: int = 5,
-    k1_inter: int = 20,
-    *,
-    rows: slice | None = None,
+    features: Tensor, camids: Tensor, k1_intra: int = 5, k1_inter: int = 20
 ) -> tuple[Tensor, Tensor]:
     """Find the lists of :func:`camera_aware_jaccard`, side by side.
 
@@ -191,33 +182,28 @@ def camera_neighbours(
     k1_intra, k1_inter : int
         How many: ``k1_intra + 1`` of the own camera, the image itself first, then
         ``k1_inter + 1`` of all other cameras.
-    rows : slice, optional
-        One share of a search divided over processes; step 1.
 
     Returns
     -------
-    similarity : FloatTensor [Q, k1_intra + k1_inter + 2]
-    index : LongTensor [Q, k1_intra + k1_inter + 2]
+    similarity : FloatTensor [N, k1_intra + k1_inter + 2]
+    index : LongTensor [N, k1_intra + k1_inter + 2]
         Both on the device of `features`; index −1 where a list ends early.
     """
-    n, intra, width = len(features), k1_intra + 1, k1_intra + k1_inter + 2
+    n, width = len(features), k1_intra + k1_inter + 2
     camids = camids.to(features.device)
-    start, stop, _ = (rows or slice(None)).indices(n)
     similarity = features.new_zeros(n, width)
     index = torch.full((n, width), -1, device=features.device)
     for camera in camids.unique():
         same, other = (torch.where(x)[0] for x in (camids == camera, camids != camera))
-        share = slice(int((same < start).sum()), int((same < stop).sum()))
-        mine = same[share]
-        k = min(intra, len(same))
-        near, place = nearest_neighbours(features[same], k, rows=share)
-        similarity[mine, :k], index[mine, :k] = near, same[place]
+        k = min(k1_intra + 1, len(same))
+        near, place = nearest_neighbours(features[same], k)
+        similarity[same, :k], index[same, :k] = near, same[place]
         k = min(k1_inter + 1, len(other))
         if k:
-            near, place = nearest_neighbours(features[other], k, features[mine])
-            similarity[mine, intra : intra + k] = near
-            index[mine, intra : intra + k] = other[place]
-    return similarity[start:stop], index[start:stop]
+            near, place = nearest_neighbours(features[other], k, features[same])
+            columns = slice(k1_intra + 1, k1_intra + 1 + k)
+            similarity[same, columns], index[same, columns] = near, other[place]
+    return similarity, index
 
 
 def dbscan(distance: csr_array, eps: float = 0.5, min_samples: int = 4) -> Tensor:
@@ -246,21 +232,15 @@ def dbscan(distance: csr_array, eps: float = 0.5, min_samples: int = 4) -> Tenso
     Raises
     ------
     ValueError
-        For a distance that is not square, or a setting out of range.
+        For a setting out of range.
 
     Book: :eq:`dbscan`
     """
     # Here, because it takes a second to import, and most commands need none of it.
     from sklearn.cluster import DBSCAN
 
-    if distance.ndim != 2 or distance.shape[0] != distance.shape[1]:
-        raise ValueError(f"distance must be square, got {distance.shape}")
     if not 0 <= eps < 1:
         raise ValueError(f"eps must be at least 0 and below 1, got {eps}")
-    if min_samples < 1:
-        raise ValueError(f"min_samples must be at least 1, got {min_samples}")
-    if distance.shape[0] == 0:
-        return torch.empty(0, dtype=torch.int64)
     near = np.rint(distance.data * _GRID) <= round(eps * _GRID)
     start = np.concatenate([[0], np.cumsum(near)])[distance.indptr]
     zeros = np.zeros(start[-1], np.float32)
@@ -278,19 +258,15 @@ def _checked(
     neighbours: tuple[Tensor, Tensor], n: int, k: int, nobody: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """First k columns, as arrays; the compiled loops trust what they are given."""
-    similarity, index = neighbours
-    if index.shape != similarity.shape or index.ndim != 2:
-        raise ValueError("neighbours must be two tensors of one shape [N, k]")
-    if len(index) != n or index.shape[1] < k:
+    similarity, index = (part[:, :k].cpu() for part in neighbours)
+    if not similarity.shape == index.shape == (n, k):
+        raise ValueError(f"neighbours must be two tensors of shape [{n}, at least {k}]")
+    own_first = torch.equal(index[:, 0], torch.arange(n))
+    if not own_first or index.amin() < -nobody or index.amax() >= n:
         raise ValueError(
-            f"neighbours have shape {list(index.shape)}, need [{n}, at least {k}]"
+            f"neighbours must be row numbers from 0 to {n - 1}, each row's own first"
         )
-    index = index[:, :k].cpu()
-    if index.amin() < -nobody or index.amax() >= n:
-        raise ValueError(f"neighbours must be row numbers from 0 to {n - 1}")
-    if not torch.equal(index[:, 0], torch.arange(n)):
-        raise ValueError("the first neighbour of every row must be the row itself")
-    return similarity[:, :k].float().cpu().numpy(), index.int().numpy()
+    return similarity.float().numpy(), index.int().numpy()
 
 
 # ----------------------------------------------------------------- neighbourhoods V
@@ -351,11 +327,9 @@ def _jaccard(weights: csr_array, max_distance: float) -> csr_array:
     v = weights.indptr, weights.indices, weights.data
     c = columns.indptr, columns.indices, columns.data
     limit = round(max_distance * _GRID) / _GRID
-    start, none = (
-        np.zeros(n + 1, np.int64),
-        (np.empty(0, np.int32), np.empty(0, np.float32)),
-    )
-    start[1:] = np.cumsum(_overlap(*v, *c, limit, start, *none))  # to allocate once
+    start = np.zeros(n + 1, np.int64)
+    indices, data = np.empty(0, np.int32), np.empty(0, np.float32)  # first count
+    start[1:] = np.cumsum(_overlap(*v, *c, limit, start, indices, data))
     indices, data = np.empty(start[-1], np.int32), np.empty(start[-1], np.float32)
     _overlap(*v, *c, limit, start, indices, data)
     return csr_array((data, indices, start), shape=(n, n))

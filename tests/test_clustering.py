@@ -161,14 +161,12 @@ def test_given_neighbours_are_used_and_checked():
             jaccard_distance(
                 f, neighbours=(similarity[: len(bad), : bad.shape[1]], bad)
             )
-    with pytest.raises(ValueError, match="one shape"):
-        jaccard_distance(f, neighbours=(similarity[:, :25], index))
+    with pytest.raises(ValueError, match="neighbours must be two tensors"):
+        jaccard_distance(f, neighbours=(similarity[:50], index))
 
 
 def test_settings_out_of_range_are_refused():
     f = crowd(30)
-    with pytest.raises(ValueError, match="at least one row"):
-        jaccard_distance(f[:0])
     for k1, k2 in ((20, 21), (20, 0), (0, 0)):
         with pytest.raises(ValueError, match="k2 must be"):
             jaccard_distance(f, k1, k2)
@@ -379,19 +377,15 @@ def test_camera_aware_equals_the_formula(n, lengths, cameras):
     )
 
 
-def test_camera_lists_can_be_searched_in_shares_and_handed_on():
+def test_camera_lists_are_what_the_distance_searches():
     f, camids = crowd(70), torch.arange(70) % 4 * 3
-    whole = camera_neighbours(f, camids)
-    shares = [
-        camera_neighbours(f, camids, rows=slice(a, b))
-        for a, b in ((0, 30), (30, 30), (30, 70))
-    ]
-    for part, all_rows in zip(zip(*shares, strict=True), whole, strict=True):
-        assert torch.equal(torch.cat(part), all_rows)
+    lists = camera_neighbours(f, camids)
     np.testing.assert_array_equal(
-        camera_aware_jaccard(f, camids, neighbours=whole).toarray(),
+        camera_aware_jaccard(f, camids, neighbours=lists).toarray(),
         camera_aware_jaccard(f, camids).toarray(),
     )
+    with pytest.raises(ValueError, match="row numbers"):
+        camera_aware_jaccard(f, camids, neighbours=(lists[0], lists[1] - 1))
 
 
 @pytest.mark.parametrize(
@@ -452,9 +446,8 @@ def test_a_missing_diagonal_counts_the_point_itself_and_a_zero_is_near():
         assert pair.nnz == 2
 
 
-def test_no_cluster_and_no_point():
+def test_no_cluster():
     assert dbscan(csr_array((5, 5), dtype=np.float32)).tolist() == [-1] * 5
-    assert dbscan(csr_array((0, 0), dtype=np.float32)).shape == (0,)
 
 
 def test_dbscan_settings_out_of_range_are_refused():
@@ -464,5 +457,3 @@ def test_dbscan_settings_out_of_range_are_refused():
             dbscan(d, eps)
     with pytest.raises(ValueError, match="min_samples"):
         dbscan(d, 0.5, 0)
-    with pytest.raises(ValueError, match="square"):
-        dbscan(csr_array((3, 4), dtype=np.float32))
