@@ -161,7 +161,7 @@ def camera_aware_jaccard(
     if neighbours is None:
         neighbours = camera_neighbours(features, camids, k1_intra, k1_inter)
     similarity, index = _checked(neighbours, n, intra + inter, nobody=True)
-    lists = index[:, :intra], index[:, intra:]
+    lists = index[:, :intra].copy(), index[:, intra:].copy()
     mutual = np.concatenate([_mutual(x) for x in lists], axis=1)
     weights = _softmax(_members(index, mutual, _weight(similarity)))
     nearest = np.concatenate([lists[0][:, :k2_intra], lists[1][:, :k2_inter]], axis=1)
@@ -282,7 +282,7 @@ def _weights(
     features: Tensor, similarity: np.ndarray, index: np.ndarray, half: int
 ) -> csr_array:
     """V before query expansion: float64 [N, N] that holds float32 values."""
-    nearer = index[:, :half]
+    nearer = index[:, :half].copy()  # a view would be compiled for once more
     full, halves = _mutual(index), _mutual(nearer)
     trusted = _trusted(index, full, halves)
     own = _members(index, full, _weight(similarity))
