@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from o2cap.data.loading import decode
 from o2cap.device import Hardware
 from o2cap.errors import InputError
 from o2cap.features import extract_all
+from o2cap.proxies import split_by_camera
 from o2cap.verification import verify_pairs
 
 logger = logging.getLogger(__name__)
@@ -36,14 +38,12 @@ class RetrievalMetrics:
     cmc: np.ndarray  # float64 [R]; cmc[r - 1]: a match among the first r
     mINP: float
     average_precision: np.ndarray  # float64 [Q]; NaN where a query was left out
-    queries: int  # queries that were scored
     left_out: int  # queries without a match in the gallery
 
     def record(self) -> dict[str, float]:
         """Return mAP, rank1, rank5, rank10 and mINP, as records have them."""
         # Beyond the end of a gallery of fewer pictures nothing more is found.
-        rank = {k: float(self.cmc[min(k, len(self.cmc)) - 1]) for k in (1, 5, 10)}
-        ranks = {f"rank{k}": share for k, share in rank.items()}
+        ranks = {f"rank{k}": float(self.cmc[:k][-1]) for k in (1, 5, 10)}
         return {"mAP": self.mAP, **ranks, "mINP": self.mINP}
 
 
@@ -57,10 +57,7 @@ class ClusteringQuality:
     """
 
     ari: float  # adjusted Rand index
-    nmi: float  # normalised mutual information, arithmetic mean of the entropies
-    v_measure: float  # harmonic mean of the next two; the same number as nmi
-    homogeneity: float  # 1: no cluster mixes identities
-    completeness: float  # 1: no identity is split over clusters
+    nmi: float  # normalised mutual information; also known as the V-measure
     purity: float  # share of images whose identity is their cluster's commonest
     outlier_share: float  # of all images
     clusters: int
@@ -101,17 +98,19 @@ def evaluate_retrieval(
     Raises
     ------
     InputError
-        If there is no query, or none has a match.
+        If no query has a match.
     ValueError
         For lengths that do not fit, or features that are not finite.
 
     Book: :eq:`evaluate_retrieval`
     """
-    _check_side("query", query_features, query_pids, query_camids)
-    _check_side("gallery", gallery_features, gallery_pids, gallery_camids)
-    total, width = len(query_pids), len(gallery_pids)
-    if total == 0:
-        raise InputError("There is no query image to evaluate: check the query split.")
+    total, width = len(query_features), len(gallery_features)
+    if not len(query_pids) == len(query_camids) == total:
+        raise ValueError("query features, pids and camids differ in length")
+    if not len(gallery_pids) == len(gallery_camids) == width:
+        raise ValueError("gallery features, pids and camids differ in length")
+    if not (query_features.sum() + gallery_features.sum()).isfinite():
+        raise ValueError("query or gallery features are not finite")
     columns = gallery_pids, gallery_camids, query_pids, query_camids
     pid, camid, own_pid, own_camid = (c.cpu().numpy() for c in columns)
     known = np.flatnonzero(pid >= 0)
@@ -147,18 +146,13 @@ def evaluate_retrieval(
             "and camid columns of both splits."
         )
     if left_out:
-        logger.warning(
-            "%d of %d queries have no match in the gallery and are left out",
-            left_out,
-            total,
-        )
+        logger.warning(f"{left_out} of {total} queries have no match and are left out")
     ranks = np.arange(1, min(_CMC_RANKS, width) + 1)
     return RetrievalMetrics(
         mAP=float(ap[scored].mean()),
         cmc=(best[scored] <= ranks[:, None]).mean(1),
         mINP=float(inp[scored].mean()),
         average_precision=ap,
-        queries=total - left_out,
         left_out=left_out,
     )
 
@@ -177,53 +171,28 @@ def clustering_quality(
     Book: :eq:`clustering_quality`
     """
     # Here, because it takes a second to import, and most commands need none of it.
-    from sklearn.metrics import adjusted_rand_score, homogeneity_completeness_v_measure
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+    from sklearn.metrics.cluster import contingency_matrix
 
-    if len(pids) != len(clusters) or (
-        camids is not None and len(camids) != len(clusters)
-    ):
-        raise ValueError("clusters, pids and camids must have one length")
-    label, pid = clusters.cpu().numpy(), pids.cpu().numpy()
-    inlier = label >= 0
-    names, label_rank = np.unique(label[inlier], return_inverse=True)
-    cameras = np.nan
-    if camids is not None and len(names):
-        seen = np.stack([label_rank, camids.cpu().numpy()[inlier]])
-        cameras = np.unique(seen, axis=1).shape[1] / len(names)
-
-    known = inlier & (pid >= 0)
-    label, pid = label[known], pid[known]
-    ari = homogeneity = completeness = v_measure = purity = np.nan
-    if len(label):
+    number = len(clusters[clusters >= 0].unique())
+    cameras = ari = nmi = purity = np.nan
+    if camids is not None and number:
+        cameras = len(split_by_camera(clusters, camids)) / number
+    known = (clusters >= 0) & (pids >= 0)
+    if known.any():
+        label, pid = clusters[known].cpu().numpy(), pids[known].cpu().numpy()
         ari = adjusted_rand_score(pid, label)
-        homogeneity, completeness, v_measure = homogeneity_completeness_v_measure(
-            pid, label
-        )
-        pairs, count = np.unique(np.stack([label, pid]), axis=1, return_counts=True)
-        commonest = np.zeros(pairs[0].max() + 1, np.int64)
-        np.maximum.at(commonest, pairs[0], count)
-        purity = commonest.sum() / len(label)
+        nmi = normalized_mutual_info_score(pid, label)
+        table = contingency_matrix(pid, label, sparse=True)
+        purity = table.max(axis=0).sum() / len(label)
     return ClusteringQuality(
         ari=float(ari),
-        nmi=float(v_measure),
-        v_measure=float(v_measure),
-        homogeneity=float(homogeneity),
-        completeness=float(completeness),
+        nmi=float(nmi),
         purity=float(purity),
-        outlier_share=float((~inlier).mean()) if len(inlier) else np.nan,
-        clusters=len(names),
-        cameras_per_cluster=float(cameras),
+        outlier_share=float((clusters < 0).double().mean()),
+        clusters=number,
+        cameras_per_cluster=cameras,
     )
-
-
-def _check_side(side: str, features: Tensor, pids: Tensor, camids: Tensor) -> None:
-    if features.ndim != 2 or not len(features) == len(pids) == len(camids):
-        raise ValueError(
-            f"{side}: features {list(features.shape)}, {len(pids)} pids and "
-            f"{len(camids)} camids do not describe the same images"
-        )
-    if len(features) and not features.sum().isfinite():
-        raise ValueError(f"{side} features hold values that are not finite")
 
 
 @numba.njit(cache=True)
@@ -303,23 +272,6 @@ class Evaluator:
             if len(part)
         ]
 
-    def __call__(self, model: ReIDModel) -> RetrievalMetrics | None:
-        """Return the retrieval metrics of `model`, None without query and gallery."""
-        if not self.decoded:
-            return None
-        (_, query), (_, gallery) = self.decoded
-        features = self.features(model)
-        assert query.pids is not None and gallery.pids is not None  # see check_parts
-        return distributed.on_first(
-            evaluate_retrieval,
-            features[0],
-            features[1],
-            query.pids,
-            gallery.pids,
-            query.camids,
-            gallery.camids,
-        )
-
     def features(self, model: ReIDModel) -> list[Tensor]:
         """Return the features of query and gallery."""
         return [
@@ -327,10 +279,18 @@ class Evaluator:
             for pixels, _ in self.decoded
         ]
 
-    def record(self, model: ReIDModel) -> dict[str, Any]:
+    def record(self, model: ReIDModel) -> dict[str, float]:
         """Return the metrics as a record's entries; none without query and gallery."""
-        found = self(model)
-        return {} if found is None else found.record()
+        if not self.decoded:
+            return {}
+        (_, query), (_, gallery) = self.decoded
+        assert query.pids is not None and gallery.pids is not None  # see check_parts
+        pids, camids = (query.pids, gallery.pids), (query.camids, gallery.camids)
+        asked, searched = self.features(model)
+        metrics = distributed.on_first(
+            evaluate_retrieval, asked, searched, *pids, *camids
+        )
+        return metrics.record()
 
 
 def assess(
@@ -377,13 +337,15 @@ def assess(
         cameras = (own, torch.arange(len(gallery)))
     features = (query_features, gallery_features)
     labels = (query.pids, gallery.pids, *cameras)
-    record: dict[str, Any] = {**evaluate_retrieval(*features, *labels).record()}
+    record: dict[str, Any] = {"same_camera": same_camera}
+    record |= evaluate_retrieval(*features, *labels).record()
     if rerank:
-        blocks = reranking.rerank(*features)
-        again = evaluate_retrieval(*features, *labels, distances=blocks)
+        again = evaluate_retrieval(
+            *features, *labels, distances=reranking.rerank(*features)
+        )
         record["reranked"] = again.record()
     record["verification"] = asdict(verify_pairs(*features, *labels))
-    return record | {"same_camera": same_camera}
+    return record
 
 
 def check_parts(
@@ -414,13 +376,11 @@ def check_parts(
             )
     if not len(dataset.query):
         return
-    cameras: dict[int, set[int]] = {}
-    for pid, camid in _identified(dataset.gallery):
-        cameras.setdefault(pid, set()).add(camid)
-    if not any(
-        cameras.get(pid, set()) - ({camid} if same_camera == "drop" else set())
-        for pid, camid in _identified(dataset.query)
-    ):
+    query, gallery = _seen(dataset.query), _seen(dataset.gallery)
+    cameras = Counter(pid for pid, _ in query | gallery)
+    both = {pid for pid, _ in query} & {pid for pid, _ in gallery}
+    # Seen by two cameras in all, some query of an identity in both has a match.
+    if not any(same_camera == "keep" or cameras[pid] > 1 for pid in both):
         raise InputError(
             f"The data set {dataset.name} cannot be evaluated with: no query has a "
             "picture of its identity in the gallery, from another camera (which "
@@ -428,8 +388,9 @@ def check_parts(
         )
 
 
-def _identified(images: ImageSet) -> Iterator[tuple[int, int]]:
+def _seen(images: ImageSet) -> set[tuple[int, int]]:
+    """Return the pairs of identity and camera."""
     if images.pids is None:
-        return iter(())
+        return set()
     pairs = zip(images.pids.tolist(), images.camids.tolist(), strict=True)
-    return ((pid, camid) for pid, camid in pairs if pid >= 0)
+    return {(pid, camid) for pid, camid in pairs if pid >= 0}

@@ -67,18 +67,16 @@ def rerank(
     columns = v[queries:].tocsc()
     gallery = (columns.indptr, columns.indices, columns.data)
 
-    def block(rows: slice) -> Tensor:
+    size = max(1, _BLOCK_ELEMENTS // max(1, n - queries))
+    for start in range(0, queries, size):
+        rows = slice(start, min(start + size, queries))
         own = v[rows]
         shared = np.zeros((own.shape[0], n - queries), np.float32)
         _overlap(own.indptr, own.indices, own.data, *gallery, shared)
         jaccard = torch.from_numpy(1 - shared / (2 - shared))
         original = 2 - 2 * (query_features[rows] @ gallery_features.T).float().cpu()
         original /= torch.from_numpy(largest[rows])[:, None]
-        return jaccard.mul_(1 - weight).add_(original, alpha=weight)
-
-    size = max(1, _BLOCK_ELEMENTS // max(1, n - queries))
-    starts = range(0, queries, size)
-    return (block(slice(start, min(start + size, queries))) for start in starts)
+        yield jaccard.mul_(1 - weight).add_(original, alpha=weight)
 
 
 @numba.njit(cache=True)

@@ -429,7 +429,7 @@ def announce(dataset: ReIDDataset, hardware: Hardware, run: RunDirectory) -> Non
 def describe_clusters(clusters: Tensor, camids: Tensor, pids: Tensor | None) -> Metrics:
     """Return what an epoch's record says of its pseudo labels.
 
-    Identities, where known, only measure: ARI, NMI, V-measure, purity.
+    Identities, where known, only measure: ARI, NMI, purity.
     """
     number = int(clusters[clusters >= 0].unique().numel())
     found: Metrics = {"clusters": number, "outliers": int((clusters < 0).sum())}
@@ -437,7 +437,7 @@ def describe_clusters(clusters: Tensor, camids: Tensor, pids: Tensor | None) -> 
         found["cameras_per_cluster"] = len(split_by_camera(clusters, camids)) / number
     if number and pids is not None:
         quality = asdict(clustering_quality(clusters, pids))
-        scores = {k: quality[k] for k in ("ari", "nmi", "v_measure", "purity")}
+        scores = {k: quality[k] for k in ("ari", "nmi", "purity")}
         # NaN where no clustered picture has a known identity
         found |= {name: value for name, value in scores.items() if value == value}
     return found

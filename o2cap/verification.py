@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 _BINS = 2**16  # of the cosine distance, from 0 to 2
 _BLOCK_ELEMENTS = 2**22  # distances held at once
@@ -66,11 +67,12 @@ def verify_pairs(
         for kind, pairs in enumerate((~same, same)):
             kept = distance.where(pairs & known, -1)  # outside of what is counted
             counts[kind] += kept.histc(_BINS, 0, 2).double().cpu()
-    total = counts.sum(1, keepdim=True)
-    false, true = counts.cumsum(1) / total
-    below = torch.cat([false.new_zeros(1), false])
-    nearer = 1 - (below[1:] + below[:-1]) / 2  # of the other pairs, half of a bin's own
-    auc = (counts[1] * nearer).sum() / total[1, 0]
-    last = int((false <= false_match_rate).sum())
-    at = [0.0, 0.0] if last == 0 else [float(true[last - 1]), float(false[last - 1])]
-    return Verification(float(auc), 2 * last / _BINS, *at)
+    # Shares of the pairs up to each bin's end, and before the first: the ROC curve.
+    false, true = F.pad(counts.cumsum(1) / counts.sum(1, keepdim=True), (1, 0))
+    last = int((false <= false_match_rate).sum()) - 1
+    return Verification(
+        auc=float(torch.trapezoid(true, false)),
+        threshold=2 * last / _BINS,
+        true_match_rate=float(true[last]),
+        false_match_rate=float(false[last]),
+    )

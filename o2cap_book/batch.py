@@ -303,7 +303,7 @@ def make_record(run: RunResult, config: Config, cpu: float | None) -> Row:
     """
     curve = ("epoch", "mAP", "ari", "cameras_per_cluster", "clusters", "outliers")
     quality = (
-        *("ari", "nmi", "v_measure", "purity", "clusters", "outliers"),
+        *("ari", "nmi", "purity", "clusters", "outliers"),
         *("cameras_per_cluster", "proxies", "proxies_visited"),
     )
     seconds: Counter[str] = sum((Counter(e["seconds"]) for e in run.history), Counter())

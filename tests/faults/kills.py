@@ -116,8 +116,8 @@ class Watch:
                 for key, value in list(vars(module).items()):
                     if callable(value) and value.__hash__ and value in watched:
                         setattr(module, key, watched[value])
-        call = trainer.Evaluator.__call__
-        trainer.Evaluator.__call__ = self.over("evaluation", call)  # type: ignore[method-assign]
+        call = trainer.Evaluator.record
+        trainer.Evaluator.record = self.over("evaluation", call)  # type: ignore[method-assign]
 
 
 @dataclass
