@@ -87,9 +87,10 @@ def load_embedding(path: Path) -> Embedding:
     try:
         with np.load(path.expanduser(), allow_pickle=False) as file:
             columns = dict(file)
-        paths, *names = (
-            columns[n].tolist() for n in ("paths", "cameras", "identities")
-        )
+        texts = [columns[n] for n in ("paths", "cameras", "identities", "model")]
+        if any(text.dtype.kind != "U" for text in texts) or texts[3].ndim:
+            raise ValueError("its columns have other types")
+        paths, *names = (text.tolist() for text in texts[:3])
         features = torch.from_numpy(columns["features"]).float()
         camids = torch.from_numpy(columns["camids"])
         images = ImageSet([Path(path) for path in paths], camids, None, *names)

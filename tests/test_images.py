@@ -23,8 +23,16 @@ def images(n: int, *, pids: list[int] | None = None) -> ImageSet:
 def test_columns_must_have_equal_length_and_be_int64() -> None:
     paths = [Path("a.jpg"), Path("b.jpg")]
     two = torch.zeros(2, dtype=torch.int64)
-    for columns in ((torch.zeros(3, dtype=torch.int64),), (two, two.to(torch.int32))):
-        with pytest.raises(ValueError, match="must be int64, one for each path"):
+    for columns in (
+        (two[:1],),
+        (two, two[:1]),
+        (two, None, ["a"]),
+        (two, None, None, ""),
+    ):
+        with pytest.raises(ValueError, match="as long as there are paths"):
+            ImageSet(paths, *columns)
+    for columns in ((two.int(),), (two, two.float())):
+        with pytest.raises(ValueError, match="must be int64"):
             ImageSet(paths, *columns)
 
 

@@ -225,7 +225,7 @@ def test_dukemtmcreid(tmp_path: Path) -> None:
         ("0005_c5_f0051781.jpg", 5, 4),
         ("0006_c8_f0021529.jpg", 6, 7),
     }
-    with pytest.raises(InputError, match="are not named as market1501's are"):
+    with pytest.raises(InputError, match="so this is not market1501"):
         load_dataset("market1501", root)
 
 
@@ -526,7 +526,7 @@ A = "train,cam1/a.jpg,1,0\n"
             HEAD + "gallery,cam1/a.jpg,-1,1\n",
             r"line 2: the pid '-1' .*only the pid of a train",
         ),
-        (HEAD + A + A, r"line 3: cam1/a.jpg stands in line 2 already; a picture"),
+        (HEAD + A + A, r"line 3: cam1/a.jpg stands in line 2 already; only"),
         (HEAD + A + "train,./cam1//a.jpg,1,0\n", r"line 3: .* in line 2 already"),
         (HEAD + A + "query,cam1/a.jpg,1,0\n", r"line 3: .* in line 2 already"),
         (HEAD + A + '\n\nquery,"cam1/a.jpg,1,0\n', r"line [0-9]: unexpected end"),
@@ -544,7 +544,7 @@ A = "train,cam1/a.jpg,1,0\n"
         ),
         (HEAD + f"train,{'x' * 200_000}.jpg,1,0\n", r"line 1: field larger"),
         (HEAD.encode() + b"train,caf\xe9.jpg,1,0\n", r"is not UTF-8 text; save it"),
-        ((HEAD + A).encode("utf-16"), r"is not UTF-8 text; save it as 'CSV UTF-8'"),
+        ((HEAD + A).encode("utf-16"), r"is not UTF-8 text; save it as CSV UTF-8"),
     ],
 )
 def test_manifest_mistakes(
@@ -589,13 +589,9 @@ def test_manifest_may_point_elsewhere_only_by_absolute_paths(
 
     (tmp_path / "own/link.jpg").symlink_to(outside)
     (tmp_path / "own/folder").symlink_to(outside.parent, target_is_directory=True)
-    for path, how in {
-        "link.jpg": "is or lies behind a link that leads out of",
-        "folder/x.jpg": "is or lies behind a link that leads out of",
-        "../else/x.jpg": "leads out of",
-        "cam1/../../else/x.jpg": "leads out of",
-    }.items():
-        with pytest.raises(InputError, match=rf"line 2: {path} {how} .*own; write the"):
+    for path in ("link.jpg", "folder/x.jpg", "../else/x.jpg", "cam1/../../else/x.jpg"):
+        said = rf"line 2: {path} leads out of .*own, by .. or a link, to {outside}; wri"
+        with pytest.raises(InputError, match=said):
             load_dataset("manifest", manifest(HEAD + f"train,{path},1,0\n"))
     # the same place under its absolute name has been looked at by then
     both = f"train,{outside},1,0\ntrain,../else/x.jpg,1,0\n"
@@ -641,7 +637,7 @@ fields = st.sampled_from(
 anything = st.lists(st.lists(fields, min_size=3, max_size=5), max_size=4)
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(
     st.one_of(
         st.binary(max_size=60),

@@ -158,10 +158,15 @@ class ImageSet:
     grey_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        for column in (self.camids, self.pids):
-            right = torch.int64, (len(self.paths),)
-            if column is not None and (column.dtype, column.shape) != right:
-                raise ValueError("camids and pids must be int64, one for each path")
+        columns = (self.camids, self.pids, self.cameras, self.identities)
+        if {len(c) for c in columns if c is not None} != {len(self.paths)}:
+            raise ValueError("every column must be as long as there are paths")
+        for numbers in (self.camids, self.pids):
+            if numbers is not None and (numbers.dtype, numbers.ndim) != (
+                torch.int64,
+                1,
+            ):
+                raise ValueError("camids and pids must be int64, a column")
 
     def __len__(self) -> int:
         return len(self.paths)
