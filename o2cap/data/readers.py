@@ -13,9 +13,8 @@ import string
 import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache, partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,30 +25,11 @@ from o2cap.data.images import ImageSet, ReIDDataset, list_pictures, readable
 from o2cap.data.loading import find_grey_range, read_picture
 from o2cap.errors import InputError, unknown
 
-# Published counts (the data sets' own pages and papers; MSMT17's pictures without
-# val from its list files). Distractors and junk are no identities.
-PUBLISHED: dict[str, dict[str, dict[str, int]]] = {
-    "market1501": {
-        "train": {"images": 12_936, "identities": 751, "cameras": 6},
-        "query": {"images": 3_368, "identities": 750},
-        "gallery": {"images": 15_913, "identities": 750, "junk": 3_819},
-    },
-    "dukemtmcreid": {
-        "train": {"images": 16_522, "identities": 702, "cameras": 8},
-        "query": {"images": 2_228, "identities": 702},
-        "gallery": {"images": 17_661, "identities": 702 + 408},
-    },
-    "msmt17": {
-        "train": {"images": 32_621, "identities": 1_041, "cameras": 15},
-        "query": {"images": 11_659, "identities": 3_060},
-        "gallery": {"images": 82_161, "identities": 3_060},
-    },
-    "veri776": {
-        "train": {"images": 37_778, "identities": 576, "cameras": 20},
-        "query": {"images": 1_678, "identities": 200},
-        "gallery": {"images": 11_579, "identities": 200},
-    },
-}
+# By data set, split and what is counted; the file says where the numbers come from.
+PUBLISHED: dict[str, dict[str, dict[str, int]]] = {}
+for _line in Path(__file__).with_name("counts.csv").read_text("utf-8").splitlines()[2:]:
+    _name, _split, _what, _count = _line.split(",")
+    PUBLISHED.setdefault(_name, {}).setdefault(_split, {})[_what] = int(_count)
 
 SPLITS = ("train", "query", "gallery")
 
@@ -138,11 +118,7 @@ def read_dataset(
                 "unpacked by the programs in data_scripts/."
             )
         reading = READERS[name](root, skip_unreadable)
-    parts: dict[str, Any] = reading.dataset.splits()
-    grey = find_grey_range(chain.from_iterable(part.paths for part in parts.values()))
-    if grey is not None:
-        parts = {split: replace(part, grey_range=grey) for split, part in parts.items()}
-        reading.dataset = replace(reading.dataset, **parts)
+    if grey := reading.dataset.train.grey_range:
         reading.notes.append(
             f"{root} holds pictures with more than 8 bits of grey; in all of them "
             f"{grey[0]:g} is black and {grey[1]:g} is white."
@@ -175,17 +151,18 @@ def verify_dataset(name: str, root: Path | None, *, pictures: bool = False) -> R
     reading.problems += reading.differences()
     if pictures:
         parts = reading.dataset.splits().values()
-        grey = {path: part.grey_range for part in parts for path in part.paths}
+        grey = reading.dataset.train.grey_range
+        paths = dict.fromkeys(path for part in parts for path in part.paths)
 
         def fault(path: Path) -> str | None:
             try:
-                read_picture(path, 16, 16, grey[path])
+                read_picture(path, 16, 16, grey)
             except InputError as error:
                 return str(error)
             return None
 
         with ThreadPoolExecutor() as pool:
-            reading.problems += filter(None, pool.map(fault, grey))
+            reading.problems += filter(None, pool.map(fault, paths))
     return reading
 
 
@@ -238,11 +215,10 @@ def name_layout(paths: Sequence[Path]) -> tuple[Tensor, Tensor] | None:
     for _, pattern, example in LAYOUTS.values():
         right = shape(Path(example).stem)
         named = [re.fullmatch(pattern, path.stem, re.ASCII) for path in paths]
-        found = [m for m in named if m is not None and shape(m[0]) == right]
+        found = [(int(m[2]), int(m[1])) for m in named if m and shape(m[0]) == right]
         if found and len(found) == len(paths):
-            camids, pids = zip(*((int(m[2]), int(m[1])) for m in found), strict=True)
-            known = [pid if pid > 0 else -1 for pid in pids]
-            return torch.tensor(camids), torch.tensor(known)
+            camids, pids = torch.tensor(found).T
+            return camids, pids.where(pids > 0, -1)
     return None
 
 
@@ -260,25 +236,20 @@ def _named(name: str, root: Path, skip_unreadable: bool) -> Reading:
             elif match[1] == "-1":
                 junk += 1
             else:
-                number = int(match[2])
-                names = (f"c{number}", match[1].lstrip("0"))  # distractors have none
-                pictures.append((path, number - 1, int(match[1]), *names))
-        remedy = (
-            "move them out of the folder"
-            if pictures or junk
-            else f"none is, so this is not {name}: use --dataset folders (a folder a "
-            "camera), or manifest (o2cap data manifest writes one)"
-        )
-        defect = (
-            f"Pictures in {base / folder} are not named as {name}'s are ({example})"
-        )
+                camera, pid = int(match[2]), int(match[1])
+                names = (f"c{camera}", match[1].lstrip("0"))  # distractors have none
+                pictures.append((path, camera - 1, pid, *names))
+        remedy = "move them out of the folder"
+        if not (pictures or junk):
+            remedy = f"so this is not {name}: use --dataset folders, or manifest"
+        defect = f"Pictures in {base / folder} are not named like {example}"
         problems += _sentence(defect, strange, remedy)
-        parts.append(_images(pictures))
+        parts.append(pictures)
     if name == "market1501":  # of the gallery, which came last
         pids = [picture[2] for picture in pictures]
         counts = {"identities": len({*pids} - {0}), "distractors": pids.count(0)}
         found["gallery"] = counts | {"junk": junk}
-    return Reading(ReIDDataset(name, *parts), PUBLISHED[name], found, problems)
+    return Reading(_dataset(name, *parts), PUBLISHED[name], found, problems)
 
 
 _MSMT17: dict[tuple[str, ...], str] = {
@@ -300,11 +271,12 @@ def _msmt17(root: Path, skip_unreadable: bool) -> Reading:
     persons.
     """
     base, folders = _base(root, list(_MSMT17))
-    parts: list[list[Picture]] = []
-    problems: list[str] = []
+    parts: dict[str, list[Picture]] = {}
+    problems, shift = [], 0
     for part in ("train", "val", "query", "gallery"):
         place, missing = base / f"list_{part}.txt", []
-        parts.append([])
+        folder = base / folders[part in ("query", "gallery")]
+        pictures = parts.setdefault(part, [])
         lines = place.read_text("utf-8-sig", "replace").splitlines()
         for number, line in enumerate(lines, start=1):
             match = _MSMT17_LINE.fullmatch(line.strip())
@@ -313,18 +285,18 @@ def _msmt17(root: Path, skip_unreadable: bool) -> Reading:
                     f"{place}, line {number}: {line[:80]!r} is not a picture and an "
                     "identity, as in 0000/0000_000_01_0303morning_0008_0.jpg 0."
                 )
-            path = base / folders[part in ("query", "gallery")] / match[1]
-            parts[-1].append((path, int(match[2]) - 1, int(match[3]), "", ""))
+            path, camid, pid = folder / match[1], int(match[2]) - 1, int(match[3])
+            pictures.append((path, camid, pid + shift, "", ""))
             if not path.is_file():
                 missing.append(match[1])
         defect = f"Pictures named in {place} do not exist"
         problems += _sentence(defect, missing, "unpack the archive again")
-    train = parts[0] + parts[1]
-    first = max((row[2] for row in train), default=-1) + 1
-    test = [
-        [(*row[:2], row[2] + first, *row[3:]) for row in part] for part in parts[2:]
-    ]
-    dataset = ReIDDataset(f"msmt17-{_MSMT17[folders]}", *map(_images, (train, *test)))
+        if part == "val":
+            train = parts["train"] + pictures
+            shift = 1 + max((pid for _, _, pid, *_ in train), default=-1)
+    dataset = _dataset(
+        f"msmt17-{_MSMT17[folders]}", train, parts["query"], parts["gallery"]
+    )
     return Reading(dataset, PUBLISHED["msmt17"], problems=problems)
 
 
@@ -343,15 +315,13 @@ def _base(
         if all((place / folder).is_dir() for folder in folders)
     ]
     complete = [found for found in complete if found[0] == root] or complete
+    if len(complete) == 1:
+        return complete[0]
     if not complete:
         layouts = ", or ".join(" + ".join(folders) for folders in variants)
         raise InputError(f"Neither {root} nor a folder directly in it holds {layouts}.")
-    if len(complete) > 1:
-        places = "; ".join(f"{place}: {' + '.join(names)}" for place, names in complete)
-        raise InputError(
-            f"{root} holds several data sets ({places}); give one of them."
-        )
-    return complete[0]
+    places = "; ".join(f"{place}: {' + '.join(names)}" for place, names in complete)
+    raise InputError(f"{root} holds several data sets ({places}); give one of them.")
 
 
 # ------------------------------------------------------------------- own pictures
@@ -370,7 +340,7 @@ def _manifest(path: Path, skip_unreadable: bool) -> Reading:
     train, or once in query and once in gallery (VeRi-776's protocol).
     """
     parts: dict[str, list[Picture]] = {split: [] for split in SPLITS}
-    seen: dict[str, tuple[int, set[str], tuple[int, int]]] = {}
+    seen: dict[str, list[tuple[int, str, int, int]]] = {}  # line, split, pid, camid
     missing = []
     try:
         with open(path, encoding="utf-8-sig", newline="") as text:
@@ -384,27 +354,24 @@ def _manifest(path: Path, skip_unreadable: bool) -> Reading:
                 )
             for row in reader:
                 split, written, pid, camid = _entry(row)
-                if (file := _find(path.parent, written)) is None:
+                if (place := _find(path.parent, written)) is None:
                     missing.append(written)
                     continue
-                key = os.path.join(_real(file.parent), file.name)
-                line, splits, labels = seen.setdefault(
-                    key, (reader.line_num, set(), (pid, camid))
-                )
-                both = splits ^ {split} == {"query", "gallery"}
-                if splits and not (both and labels == (pid, camid)):
-                    raise ValueError(
-                        f"{written} stands in line {line} already; a picture belongs "
-                        "to one split, or to query and gallery with one pid and camid"
-                    )
-                splits.add(split)
+                file, key = place
+                before = seen.setdefault(key, [])
+                for _, other, *labels in before:
+                    both = {split, other} == {"query", "gallery"}
+                    if not both or labels != [pid, camid]:
+                        raise ValueError(
+                            f"{written} stands in line {before[0][0]} already; only in "
+                            "query and gallery, with one pid and camid, it may be both"
+                        )
+                before.append((reader.line_num, split, pid, camid))
                 camera = row.get("camera") or str(camid)
                 identity = row.get("identity") or str(pid) * (pid >= 0)
                 parts[split].append((file, camid, pid, camera, identity))
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8 text; save it as 'CSV UTF-8'."
-        ) from error
+        raise InputError(f"{path} is not UTF-8 text; save it as CSV UTF-8.") from error
     except (csv.Error, ValueError) as error:
         raise InputError(f"{path}, line {reader.line_num}: {error}.") from error
     if not seen and not missing:
@@ -412,11 +379,9 @@ def _manifest(path: Path, skip_unreadable: bool) -> Reading:
     absent = _sentence(
         f"Pictures named in {path} do not exist, or may not be read",
         missing,
-        f"relative paths start from {path.parent} (train leaves such pictures out with "
-        "--skip-unreadable True)",
+        f"relative paths start from {path.parent} (train --skip-unreadable True skips)",
     )
-    images = {split: _images(part) for split, part in parts.items()}
-    reading = Reading(ReIDDataset("manifest", **images, root=path.parent))
+    reading = Reading(_dataset("manifest", *parts.values(), root=path.parent))
     (reading.notes if skip_unreadable else reading.problems).extend(absent)
     return reading
 
@@ -443,25 +408,26 @@ def _is_number(text: str) -> bool:
     return text.isascii() and text.isdecimal() and len(text) <= 18
 
 
-def _find(base: Path, written: str) -> Path | None:
-    """Return the file that a manifest names; ValueError says that it leaves `base`."""
+def _find(base: Path, written: str) -> tuple[Path, str] | None:
+    """Return the file that a manifest names, and its one true name, or None.
+
+    Raises ValueError when a relative path leads out of `base`.
+    """
     # Windows writes a backslash between folders, and macOS an ü as two characters.
     forms = [written, written.replace("\\", "/")]
     forms += [unicodedata.normalize(form, forms[1]) for form in ("NFC", "NFD")]
-    paths = (os.path.join(base, form) for form in dict.fromkeys(forms))
+    paths = (os.path.join(base, form) for form in forms)
     if (path := next(filter(os.path.isfile, paths), None)) is None:
         return None
-    if not os.path.isabs(written):
-        real = os.path.join(_real(os.path.dirname(path)), os.path.basename(path))
-        if os.path.islink(path):
-            real = os.path.realpath(path)
-        if not real.startswith(os.path.join(_real(base), "")):
-            link = Path(os.path.normpath(path)).is_relative_to(base)
-            raise ValueError(
-                f"{written} {'is or lies behind a link that ' * link}leads out of "
-                f"{base}; write the absolute path of a picture that lies elsewhere"
-            )
-    return Path(path)
+    key = os.path.join(_real(os.path.dirname(path)), os.path.basename(path))
+    real = os.path.realpath(key) if os.path.islink(key) else key
+    inside = real.startswith(os.path.join(_real(base), ""))
+    if not (inside or os.path.isabs(written)):
+        raise ValueError(
+            f"{written} leads out of {base}, by .. or a link, to {real}; write the "
+            "absolute path of a picture that lies elsewhere"
+        )
+    return Path(path), key
 
 
 def _folders(root: Path, skip_unreadable: bool) -> Reading:
@@ -469,12 +435,12 @@ def _folders(root: Path, skip_unreadable: bool) -> Reading:
     cameras: dict[str, list[Path]] = {}
     for path in list_pictures(root, skip_unreadable):
         cameras.setdefault(path.relative_to(root).parts[0], []).append(path)
-    loose = [name for name, paths in cameras.items() if paths == [root / name]]
-    if loose or not cameras:
-        remedy = "move each into the folder of its camera, or see o2cap data manifest"
+    if not cameras:
+        raise InputError(f"{root} holds no folder with pictures, one for each camera.")
+    if loose := [name for name, paths in cameras.items() if paths == [root / name]]:
         defect = f"Pictures in {root} lie beside the camera folders"
-        empty = [f"{root} holds no folder with pictures, one for each camera."]
-        raise InputError(*_sentence(defect, loose, remedy) or empty)
+        remedy = "move each into the folder of its camera, or see o2cap data manifest"
+        raise InputError(*_sentence(defect, loose, remedy))
     pictures, found = [], {}
     for camid, name in enumerate(sorted(cameras, key=_natural)):
         pictures += [(path, camid, -1, name, "") for path in cameras[name]]
@@ -485,7 +451,7 @@ def _folders(root: Path, skip_unreadable: bool) -> Reading:
         sorted(cameras, key=_natural),
         "if they are persons or splits, see o2cap data manifest",
     )
-    dataset = ReIDDataset("folders", *map(_images, (pictures, [], [])))
+    dataset = _dataset("folders", pictures, [], [])
     return Reading(dataset, found={"train": found}, notes=notes)
 
 
@@ -549,11 +515,11 @@ def manifest_from_pattern(
         if match is None:
             others.append(path)
             continue
-        rows.append({"split": "train", "pid": ""} | match.groupdict() | {"path": path})
-        if rows[-1]["split"] not in SPLITS:
-            raise InputError(
-                f"{path}: {unknown('the split', rows[-1]['split'], SPLITS)}"
-            )
+        row: dict[str, Any] = {"split": "train", "pid": ""}
+        row |= match.groupdict() | {"path": path}
+        if row["split"] not in SPLITS:
+            raise InputError(f"{path}: {unknown('the split', row['split'], SPLITS)}")
+        rows.append(row)
     if not rows:
         what = f", such as {others[0]}" if others else ""
         raise InputError(f"No picture in {folder} fits --pattern {pattern}{what}.")
@@ -572,13 +538,19 @@ def manifest_from_pattern(
 Picture = tuple[Path, int, int, str, str]  # path, camera, identity; names of both
 
 
-def _images(pictures: Sequence[Picture]) -> ImageSet:
-    """Return the pictures as a set, without identities when every one is unknown."""
-    paths, *columns = zip(*pictures, strict=True) if pictures else ((),) * 5
-    camids, pids = (torch.tensor(column, dtype=torch.int64) for column in columns[:2])
-    names = [column if any(column) else None for column in columns[2:]]
-    known = not len(pids) or bool((pids >= 0).any())
-    return ImageSet(list(paths), camids, pids if known else None, *names)
+def _dataset(
+    name: str, *splits: Sequence[Picture], root: Path | None = None
+) -> ReIDDataset:
+    """Make a set of each split; without identities where every one is unknown."""
+    grey = find_grey_range(path for pictures in splits for path, *_ in pictures)
+    parts = []
+    for pictures in splits:
+        paths, *columns = zip(*pictures, strict=True) if pictures else [()] * 5
+        camids, pids = (torch.tensor(column).long() for column in columns[:2])
+        cameras, names = (c if any(c) else None for c in columns[2:])
+        known = pids if {*columns[1]} != {-1} else None
+        parts.append(ImageSet([*paths], camids, known, cameras, names, grey))
+    return ReIDDataset(name, *parts, root=root)
 
 
 def _sentence(defect: str, names: Sequence[str], remedy: str) -> list[str]:
