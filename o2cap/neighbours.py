@@ -20,11 +20,7 @@ warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
 
 
 def nearest_neighbours(
-    features: Tensor,
-    k: int,
-    queries: Tensor | None = None,
-    *,
-    rows: slice | None = None,
+    features: Tensor, k: int, queries: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Find the k rows of `features` most similar to each query, exactly.
 
@@ -43,9 +39,6 @@ def nearest_neighbours(
         Number of neighbours, from 1 to N.
     queries : FloatTensor [Q, D], optional
         On the same device.
-    rows : slice, optional
-        Search for these queries only (without `queries`, rows of `features`): one
-        share of a search divided over processes.
 
     Returns
     -------
@@ -68,7 +61,6 @@ def nearest_neighbours(
     own = torch.arange(len(asked), device=device)
     if queries is not None:
         own.fill_(-1)  # no row of features is the query itself
-    asked, own = asked[rows or slice(None)], own[rows or slice(None)]
     if not (features.sum() + asked.sum()).isfinite():
         raise ValueError("features or queries hold values that are not finite")
     if len(asked) == 0:
@@ -156,7 +148,7 @@ def _coarse_product(asked: Tensor, features: Tensor) -> Callable[..., Tensor]:
         return x, shift, step
 
     b, shift_b, step_b = gallery = code(features)
-    a, shift_a, step_a = gallery if asked.is_set_to(features) else code(asked)
+    a, shift_a, step_a = gallery if asked is features else code(asked)
     multiply = torch._int_mm if in_int8 else torch.mm
 
     def product(rows: slice | Tensor, columns: slice) -> Tensor:
@@ -175,7 +167,7 @@ def _candidates(
     column = torch.full((total, m), -1, device=device)
     if size := _TILE.get(device.type):
         # Every row against every row: the upper half of the product says it all.
-        both = asked.is_set_to(features)
+        both = asked is features
         for r in range(0, total, size):
             for c in range(r if both else 0, n, size):
                 tile = product(slice(r, r + size), slice(c, c + size)).numpy()
