@@ -4,10 +4,11 @@ The rival computes the same formula (the book's `jaccard_distance`) the way publ
 codes do: a flat faiss search, one row at a time into dense N x N arrays, and scikit-
 learn's DBSCAN on the dense matrix; written here anew from the formula. Both run in one
 process and take turns; printed are medians of CPU time, peaks of memory over the
-features, and whether distances and labels agree.
+features, and whether distances and labels agree. The camera-aware distance runs beside
+them, up to eps as training asks for it.
 
     OMP_NUM_THREADS=1 python -m benchmarks.clustering --output clustering.json
-    python -m benchmarks.clustering --n 200000 --dim 256 --no-reference
+    python -m benchmarks.clustering --n 200000 --dim 256 --cameras 40 --no-reference
     python -m benchmarks.clustering --curve --dim 256 --no-reference
 """
 
@@ -35,7 +36,12 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from o2cap.clustering import dbscan, jaccard_distance
+from o2cap.clustering import (
+    camera_aware_jaccard,
+    camera_neighbours,
+    dbscan,
+    jaccard_distance,
+)
 from o2cap.neighbours import nearest_neighbours
 
 K1, K2, EPS, MIN_SAMPLES = 20, 6, 0.5, 4
@@ -49,6 +55,8 @@ class Options:
     """Pictures (Market-1501 has 12,936 for training, MSMT17 32,621)."""
     dim: int = 2048
     """Columns of the features."""
+    cameras: int = 6
+    """Cameras that the pictures come from."""
     camera_gap: float = 0.6
     """Size of what a camera adds to a person, over the size of the person."""
     spread: float = 0.9
@@ -64,15 +72,15 @@ class Options:
 
 
 def clustered_features(
-    n: int, dim: int, camera_gap: float, spread: float, seed: int = 0
-) -> Tensor:
-    """Persons on six cameras: 17 pictures each, as in Market-1501.
+    n: int, dim: int, camera_gap: float, spread: float, seed: int = 0, cameras: int = 6
+) -> tuple[Tensor, Tensor]:
+    """Features and camids of persons: 17 pictures each, as in Market-1501.
 
     A feature is the person, plus the camera, plus what that camera makes of that
     person, plus the picture; Gaussian each, then L2-normalised.
     """
     g = torch.Generator().manual_seed(seed)
-    persons, cameras = max(1, round(n / 17.2)), 6
+    persons = max(1, round(n / 17.2))
     person = torch.randint(persons, (n,), generator=g)
     camera = torch.randint(cameras, (n,), generator=g)
     centre = torch.randn(persons, dim, generator=g)
@@ -84,7 +92,7 @@ def clustered_features(
         noise = torch.randn(len(rows), dim, generator=g) * spread
         together = centre[p] + offset[c] + view[p * cameras + c] + noise
         features[rows] = normalize(together)
-    return features
+    return features, camera
 
 
 def ours(features: Tensor, max_distance: float) -> tuple[Timings, Any, Tensor]:
@@ -93,6 +101,20 @@ def ours(features: Tensor, max_distance: float) -> tuple[Timings, Any, Tensor]:
     clock.append(time.process_time())
     distance = jaccard_distance(
         features, K1, K2, neighbours=found, max_distance=max_distance
+    )
+    clock.append(time.process_time())
+    labels = dbscan(distance, EPS, MIN_SAMPLES)
+    clock.append(time.process_time())
+    return _stages(clock), distance, labels
+
+
+def camera_aware(features: Tensor, camids: Tensor) -> tuple[Timings, Any, Tensor]:
+    """The published lists within and across cameras, distances up to eps."""
+    clock = [time.process_time()]
+    found = camera_neighbours(features, camids)
+    clock.append(time.process_time())
+    distance = camera_aware_jaccard(
+        features, camids, neighbours=found, max_distance=EPS
     )
     clock.append(time.process_time())
     labels = dbscan(distance, EPS, MIN_SAMPLES)
@@ -211,10 +233,15 @@ def _median(runs: list[Timings]) -> Timings:
 
 def compare(options: Options) -> dict[str, Any]:
     """Both on the same features, taking turns."""
-    features = clustered_features(
-        options.n, options.dim, options.camera_gap, options.spread
+    features, camids = clustered_features(
+        options.n,
+        options.dim,
+        options.camera_gap,
+        options.spread,
+        cameras=options.cameras,
     )
-    runs: dict[str, list[Timings]] = {"whole": [], "up to eps": [], "dense": []}
+    rivals = ["whole", "up to eps", "camera-aware"] + ["dense"] * options.reference
+    runs: dict[str, list[Timings]] = {name: [] for name in rivals}
     memory: dict[str, list[float]] = {name: [] for name in runs}
     kept: dict[str, Any] = {}
 
@@ -224,6 +251,8 @@ def compare(options: Options) -> dict[str, Any]:
         def work() -> None:
             if name == "dense":
                 timings, *result = dense(features)
+            elif name == "camera-aware":
+                timings, *result = camera_aware(features, camids)
             else:
                 timings, *result = ours(features, 1.0 if name == "whole" else EPS)
             runs[name].append(timings)
@@ -231,7 +260,6 @@ def compare(options: Options) -> dict[str, Any]:
 
         memory[name].append(peak_memory(work))
 
-    rivals = list(runs) if options.reference else ["whole", "up to eps"]
     for _ in range(options.repeats):
         for name in rivals:
             run(name)
@@ -244,8 +272,12 @@ def compare(options: Options) -> dict[str, Any]:
         "CPU seconds": {name: _median(runs[name]) for name in rivals},
         "peak GiB": {name: statistics.median(memory[name]) for name in rivals},
     }
+    seconds = result["CPU seconds"]
+    result["camera-aware / up to eps"] = {
+        stage: seconds["camera-aware"][stage] / seconds["up to eps"][stage]
+        for stage in seconds["up to eps"]
+    }
     if options.reference:
-        seconds = result["CPU seconds"]
         for name in ("whole", "up to eps"):
             result[f"dense / {name}"] = {
                 stage: seconds["dense"][stage] / seconds[name][stage]
@@ -262,7 +294,7 @@ def curve(options: Options) -> dict[str, Any]:
         sizes.append(2 * sizes[-1])
     rows = []
     for n in sizes:
-        features = clustered_features(
+        features, _ = clustered_features(
             n, options.dim, options.camera_gap, options.spread
         )
         runs: list[tuple[Timings, Any, Tensor]] = []
@@ -296,11 +328,11 @@ def print_comparison(result: dict[str, Any]) -> None:
         f"{result['entries per row']:.0f} distances below 1 per row, "
         f"{result['entries per row up to eps']:.0f} up to eps"
     )
-    print(f"{'CPU seconds':18}" + "".join(f"{name:>12}" for name in seconds), end="")
+    print(f"{'CPU seconds':18}" + "".join(f"{name:>13}" for name in seconds), end="")
     print(f"{'ratio':>12}{'(to eps)':>12}" if "dense" in seconds else "")
     for stage in (*STAGES, "after neighbours", "total"):
         print(
-            f"{stage:18}" + "".join(f"{t[stage]:12.3f}" for t in seconds.values()),
+            f"{stage:18}" + "".join(f"{t[stage]:13.3f}" for t in seconds.values()),
             end="",
         )
         if "dense" in seconds:
@@ -310,15 +342,18 @@ def print_comparison(result: dict[str, Any]) -> None:
             print("".join(f"{r:11.1f}x" for r in ratios), end="")
         print()
     print(
-        f"{'peak GiB':18}" + "".join(f"{g:12.3f}" for g in result["peak GiB"].values())
+        f"{'peak GiB':18}" + "".join(f"{g:13.3f}" for g in result["peak GiB"].values())
     )
+    ratio = result["camera-aware / up to eps"]["after neighbours"]
+    print(f"camera-aware over plain, up to eps, after the search: {ratio:.2f}")
     for name, value in result.get("agreement", {}).items():
         print(f"{name}: {value}")
 
 
 def main(options: Options) -> None:
-    small = clustered_features(500, options.dim, 0.6, 0.9)
+    small, camids = clustered_features(500, options.dim, 0.6, 0.9)
     ours(small, 1.0)  # compiles
+    camera_aware(small, camids)
     record: dict[str, Any] = {
         "options": {k: v for k, v in asdict(options).items() if k != "output"},
         "threads": torch.get_num_threads(),

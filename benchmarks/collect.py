@@ -31,8 +31,11 @@ BENCHMARKS: dict[str, tuple[str, list[str], float]] = {
     "clustering_32621": ("clustering", ["--n", "32621", "--repeats", "1"], 15),
     "clustering_200000": (
         "clustering",
-        ["--n", "200000", "--dim", "256", "--no-reference", "--repeats", "1"],
-        3,
+        [
+            *("--n", "200000", "--dim", "256", "--cameras", "40"),
+            *("--no-reference", "--repeats", "1"),
+        ],
+        5,
     ),
     "clustering_curve": (
         "clustering",

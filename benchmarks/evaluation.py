@@ -49,10 +49,9 @@ def make_case(options: Options) -> tuple[Tensor, ...]:
     n = options.queries + options.gallery
     g = torch.Generator().manual_seed(0)
     pids = torch.randint(max(2, n // 26), (n,), generator=g)
-    camids = torch.randint(6, (n,), generator=g)
-    features = clustered_features(n, options.dim, 0.6, 0.9)
+    features, camids = clustered_features(n, options.dim, 0.6, 0.9)
     # So much of the person that some matches rank first and others far down.
-    centre = clustered_features(int(pids.max()) + 1, options.dim, 0.6, 0.9, seed=1)
+    centre, _ = clustered_features(int(pids.max()) + 1, options.dim, 0.6, 0.9, seed=1)
     features = torch.nn.functional.normalize(features + centre[pids])
     q = options.queries
     parts = (features, pids, camids)
