@@ -93,8 +93,8 @@ def begin(
         raise InputError(unknown("The profile", profile, get_args(Profile)))
     if profile == "smoke":
         config = replace(
-            preset("smoke", dataset=dataset, epochs=2, iterations=10),
-            warm_start=WarmStartConfig(epochs=1, iterations=20),
+            preset("smoke", dataset=dataset, epochs=2, iterations=5),
+            warm_start=WarmStartConfig(epochs=1, iterations=10),
         )
     elif dataset in PRESETS:
         config = preset(dataset)
