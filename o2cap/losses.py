@@ -68,17 +68,19 @@ def offline_loss(
     Book: :eq:`offline_loss`
     """
     if similarity is None:
-        similarity = compare(features, centroids)
+        similarity = compare(features.detach(), centroids)
+    ranking = similarity
+    if spare is not None:
+        ranking = similarity.masked_fill(spare, -torch.inf)
     loss = _contrast(
         features,
         centroids,
         similarity,
-        ranking=similarity,
+        ranking,
         positive=proxies.cluster[proxy][:, None] == proxies.cluster,
         most=proxies.most_per_cluster,
         negatives=negatives,
         temperature=temperature,
-        spare=spare,
     )
     return reduce(loss, proxies.camera[proxy], reduction)
 
@@ -115,7 +117,7 @@ def online_loss(
         features,
         centroids,
         similarity,
-        ranking=mixed,
+        mixed,
         positive=online_positives(mixed, proxies.camera, positives),
         most=positives,
         negatives=negatives,
@@ -124,10 +126,9 @@ def online_loss(
     return reduce(loss, proxies.camera[proxy], reduction)
 
 
-@torch.no_grad()
 def compare(features: Tensor, centroids: Tensor) -> Tensor:
-    """Return the similarities f_i·m_p, [B, P], without gradient."""
-    return features.to(centroids.dtype) @ centroids.T
+    """Return the similarities f_i·m_p, [B, P], in the precision of the memory."""
+    return features.to(centroids.dtype) @ centroids.detach().T
 
 
 @torch.no_grad()
@@ -210,7 +211,7 @@ def intra_camera_loss(
 
     Book: :eq:`intra_camera_loss`
     """
-    logits = _all_logits(features, centroids, temperature)
+    logits = compare(features, centroids) / temperature
     other = proxies.camera[proxy][:, None] != proxies.camera
     loss = F.cross_entropy(
         logits.masked_fill(other, -torch.inf), proxy, reduction="none"
@@ -236,7 +237,7 @@ def cluster_loss(
 
     Book: :eq:`cluster_loss`
     """
-    return F.cross_entropy(_all_logits(features, centroids, temperature), cluster)
+    return F.cross_entropy(compare(features, centroids) / temperature, cluster)
 
 
 def instance_loss(features: Tensor, *, temperature: float = 0.1) -> Tensor:
@@ -313,11 +314,6 @@ def reduce(loss: Tensor, camera: Tensor, reduction: Reduction) -> Tensor:
     return (loss / same).sum()
 
 
-def _all_logits(features: Tensor, centroids: Tensor, temperature: float) -> Tensor:
-    """Return f_i·m_p/τ for every entry, [B, P], in the precision of the memory."""
-    return features.to(centroids.dtype) @ centroids.detach().T / temperature
-
-
 class _Picked(torch.autograd.Function):
     """The similarities at `index`, [B, K], with the gradient that they lack.
 
@@ -328,11 +324,7 @@ class _Picked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        features: Tensor,
-        centroids: Tensor,
-        similarity: Tensor,
-        index: Tensor,
+        ctx: Any, features: Tensor, centroids: Tensor, similarity: Tensor, index: Tensor
     ) -> Tensor:
         ctx.save_for_backward(index, centroids)
         ctx.dtype = features.dtype
@@ -352,23 +344,20 @@ def _contrast(
     features: Tensor,
     centroids: Tensor,
     similarity: Tensor,
-    *,
     ranking: Tensor,
+    *,
     positive: Tensor,
     most: int,
     negatives: int,
     temperature: float,
-    spare: Tensor | None = None,
 ) -> Tensor:
     """Return −mean over positives of the log-softmax over positives and negatives.
 
     `ranking`, [B, P], says which negatives are the hardest; `positive` is bool
     [B, P], with at most `most` in a row (given, so that a GPU is not asked for it
-    and waited for); `spare`, bool [B, P], are no negatives. Rows with fewer positives,
-    or few other proxies, are padded and masked.
+    and waited for). A rank of −∞ is no negative. Rows with fewer positives, or few
+    other proxies, are padded and masked.
     """
-    if spare is not None:
-        ranking = ranking.masked_fill(spare, -torch.inf)
     count = positive.sum(dim=1)
     # Ranked with all positives first, a prefix holds what is needed.
     width = min(positive.shape[1], most + negatives)

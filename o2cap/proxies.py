@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -51,12 +51,8 @@ class CameraProxies:
 
     def to(self, device: torch.device) -> CameraProxies:
         """Return the same proxies with their tensors on `device`."""
-        return replace(
-            self,
-            label=self.label.to(device),
-            cluster=self.cluster.to(device),
-            camera=self.camera.to(device),
-        )
+        columns = (self.label, self.cluster, self.camera)
+        return CameraProxies(*(column.to(device) for column in columns))
 
 
 def split_by_camera(clusters: Tensor, camids: Tensor) -> CameraProxies:
@@ -81,11 +77,6 @@ def split_by_camera(clusters: Tensor, camids: Tensor) -> CameraProxies:
 
     Book: :eq:`split_by_camera`
     """
-    if clusters.shape != camids.shape or clusters.dim() != 1:
-        raise ValueError(
-            f"clusters and camids must be columns of one length, not "
-            f"{list(clusters.shape)} and {list(camids.shape)}"
-        )
     inside = clusters >= 0
     pairs = torch.stack([clusters[inside], camids[inside]], dim=1)
     proxies, label_inside = pairs.unique(dim=0, return_inverse=True)
@@ -110,11 +101,8 @@ def drop_single_camera(clusters: Tensor, camids: Tensor) -> Tensor:
     Book: :eq:`drop_single_camera`
     """
     proxies = split_by_camera(clusters, camids)
-    lone = proxies.cluster.bincount() == 1
-    inside = clusters >= 0
-    if len(proxies) == 0:
-        return clusters
-    return clusters.masked_fill(inside & lone[clusters.clamp(min=0)], -1)
+    seen, cameras = proxies.cluster.unique(return_counts=True)
+    return clusters.masked_fill(torch.isin(clusters, seen[cameras == 1]), -1)
 
 
 def check_cameras(camids: Tensor, n: int) -> None:
@@ -191,11 +179,8 @@ class ProxyMemory(nn.Module):
             has that many and stands in one place, as `proxy_batches` draws them: their
             j-th images are handled in one step. With 1, any batch will do.
         """
-        if together == 1:  # any order: one image at a time
-            rows = [slice(i, i + 1) for i in range(len(proxy))]
-        else:
-            rows = [slice(j, None, together) for j in range(together)]
-        for row in rows:
+        steps = together if together > 1 else len(proxy)  # any order: image by image
+        for row in (slice(j, None, steps) for j in range(steps)):
             old, new = self.centroids[proxy[row]], features[row].float()
             mixed = F.normalize(self.momentum * old + (1 - self.momentum) * new)
             self.centroids[proxy[row]] = mixed
