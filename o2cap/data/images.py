@@ -158,15 +158,12 @@ class ImageSet:
     grey_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        columns = (self.camids, self.pids, self.cameras, self.identities)
-        if {len(c) for c in columns if c is not None} != {len(self.paths)}:
-            raise ValueError("every column must be as long as there are paths")
+        for column in (self.camids, self.pids, self.cameras, self.identities):
+            if column is not None and len(column) != len(self.paths):
+                raise ValueError("every column must be as long as there are paths")
         for numbers in (self.camids, self.pids):
-            if numbers is not None and (numbers.dtype, numbers.ndim) != (
-                torch.int64,
-                1,
-            ):
-                raise ValueError("camids and pids must be int64, a column")
+            if numbers is not None and numbers.dtype != torch.int64:
+                raise ValueError(f"camids and pids must be int64, not {numbers.dtype}")
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -177,21 +174,15 @@ class ImageSet:
 
     def camera(self, i: int) -> str:
         """Return the name of a picture's camera, or its number; "" if unknown."""
-        return self._name(i, self.cameras, self.camids)
+        return _name(i, self.cameras, self.camids)
 
     def identity(self, i: int) -> str:
         """Return the name of a picture's identity, or its number; "" if unknown."""
-        return self._name(i, self.identities, self.pids)
-
-    def _name(self, i: int, names: Sequence[str] | None, numbers: Tensor | None) -> str:
-        if names is not None:
-            return names[i]
-        return "" if numbers is None or numbers[i] < 0 else str(int(numbers[i]))
+        return _name(i, self.identities, self.pids)
 
     def select(self, index: Tensor) -> ImageSet:
         """Return the pictures at `index` (LongTensor [M] or boolean mask [N])."""
-        if index.dtype == torch.bool:
-            index = index.nonzero().flatten()
+        index = torch.arange(len(self))[index]  # numbers, whichever it was
         lists: dict[str, Any] = {
             name: [column[i] for i in index.tolist()]
             for name in ("paths", "cameras", "identities")
@@ -199,6 +190,12 @@ class ImageSet:
         }
         pids = None if self.pids is None else self.pids[index]
         return replace(self, camids=self.camids[index], pids=pids, **lists)
+
+
+def _name(i: int, names: Sequence[str] | None, numbers: Tensor | None) -> str:
+    if names is not None:
+        return names[i]
+    return "" if numbers is None or numbers[i] < 0 else str(int(numbers[i]))
 
 
 @dataclass(frozen=True)

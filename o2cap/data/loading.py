@@ -60,9 +60,8 @@ def read_picture(
             grey = np.asarray(picture, np.float64)
             if grey_range is None:
                 raise ValueError(
-                    f"it has more than 8 bits of grey, {grey.min():g} to "
-                    f"{grey.max():g}, and neither its data set nor the run says which "
-                    "of them are black and white"
+                    "it has more than 8 bits of grey, and neither data set nor run say "
+                    "which are black and white"
                 )
             if not np.isfinite(grey).all():
                 raise ValueError("some of its values are no finite numbers")
@@ -99,14 +98,15 @@ def find_grey_range(paths: Iterable[Path]) -> tuple[float, float] | None:
         return None
 
     deep = [p for p in paths if p.suffix.lower() in (".png", ".tif", ".tiff")]
-    few = deep[:: len(deep) // 1000 + 1]
     with ThreadPoolExecutor() as pool:
-        ends = [e for e in pool.map(outermost, few) if e is not None]
-        if ends:
-            ends = [e for e in pool.map(outermost, deep) if e is not None]
-    ends = [e for e in ends if np.isfinite(e).all()]
-    if not ends:
-        return None
+        for some in (
+            deep[:: len(deep) // 1000 + 1],
+            deep,
+        ):  # all, only if it is worth it
+            found = [e for e in pool.map(outermost, some) if e is not None]
+            ends = [e for e in found if np.isfinite(e).all()]
+            if not ends:
+                return None
     low, high = float(min(e[0] for e in ends)), float(max(e[1] for e in ends))
     return low, high if high > low else low + 1
 
@@ -153,8 +153,7 @@ def decode(
 
     def one(i: int) -> None:
         try:
-            path = Path(images.paths[i])
-            pixels[i] = read_picture(path, height, width, images.grey_range)
+            pixels[i] = read_picture(images.paths[i], height, width, images.grey_range)
         except InputError as error:
             broken[i] = error
 
