@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 
-from o2cap.config import ClusteringConfig, Config, LossConfig, OptimConfig, preset
+from o2cap.config import Config, preset
 from o2cap_book.batch import GRID, RECORDS, read_grid
 
 KEY = ("dataset", "method", "seed", "data_seed", "study", "value")
@@ -23,17 +23,16 @@ NEW = {
     "optim": "method",
 }
 NO_INFLUENCE = ("preset", "output", "device", "workers", "threads", "evaluate_every")
-NO_INFLUENCE += ("cuda_graphs", "timeout")  # which 0.1.0 did not have
+NO_INFLUENCE += ("cuda_graphs", "timeout")  # not there in 0.1.0
 
 
 def old_hash(config: Config) -> str:
     """Return the hash that version 0.1.0 gave to the same settings."""
     plain = {k: v for k, v in config.to_dict().items() if k not in NO_INFLUENCE}
-    usual = {"clustering": ClusteringConfig(), "loss": LossConfig()}
-    usual["optim"] = OptimConfig()
+    usual = Config().to_dict()
     for group, names in NEW.items():
         for name in names.split():
-            if plain[group].pop(name) != getattr(usual[group], name):
+            if plain[group].pop(name) != usual[group][name]:
                 raise SystemExit(f"{group}.{name} is no setting of version 0.1.0")
     plain["model"] = {"pooling": plain.pop("pooling"), "last_stride": 1}
     plain["clustering"]["search"] = "torch"
