@@ -99,16 +99,48 @@ def find_grey_range(paths: Iterable[Path]) -> tuple[float, float] | None:
 
     deep = [p for p in paths if p.suffix.lower() in (".png", ".tif", ".tiff")]
     with ThreadPoolExecutor() as pool:
-        for some in (
-            deep[:: len(deep) // 1000 + 1],
-            deep,
-        ):  # all, only if it is worth it
+        # All, only if there is one among a sample.
+        for some in (deep[:: len(deep) // 1000 + 1], deep):
             found = [e for e in pool.map(outermost, some) if e is not None]
             ends = [e for e in found if np.isfinite(e).all()]
             if not ends:
                 return None
     low, high = float(min(e[0] for e in ends)), float(max(e[1] for e in ends))
     return low, high if high > low else low + 1
+
+
+def read_pictures(
+    images: ImageSet, pixels: np.ndarray, workers: int = 0
+) -> dict[int, InputError]:
+    """Read N pictures into `pixels`, uint8 [N, height, width, 3].
+
+    Parameters
+    ----------
+    images : ImageSet
+        N pictures.
+    pixels : np.ndarray
+        Is written to; its shape says the size to bring them to.
+    workers : int
+        As for :func:`decode`.
+
+    Returns
+    -------
+    dict of int to InputError
+        Which could not be read, in order, and why.
+    """
+
+    _, height, width, _ = pixels.shape
+
+    def one(i: int) -> InputError | None:
+        try:
+            pixels[i] = read_picture(images.paths[i], height, width, images.grey_range)
+        except InputError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        faults = pool.map(one, range(len(images)))
+        return {i: fault for i, fault in enumerate(faults) if fault is not None}
 
 
 def decode(
@@ -149,25 +181,16 @@ def decode(
         none is readable; or when they fit neither in memory nor on disk.
     """
     pixels = _room((len(images), height, width, 3))
-    broken: dict[int, InputError] = {}
-
-    def one(i: int) -> None:
-        try:
-            pixels[i] = read_picture(images.paths[i], height, width, images.grey_range)
-        except InputError as error:
-            broken[i] = error
-
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        list(pool.map(one, range(len(images))))
+    broken = read_pictures(images, pixels, workers)
     if not broken:
         return torch.from_numpy(pixels), images
-    first = min(broken)
+    first, *others = broken.values()
     if not skip_unreadable or len(broken) == len(images):
-        more = f" {len(broken) - 1} more cannot be read." if len(broken) > 1 else ""
-        raise InputError(f"{broken[first]}{more}") from broken[first]
+        more = f" {len(others)} more cannot be read." if others else ""
+        raise InputError(f"{first}{more}") from first
     logger.warning(
         "%d of %d pictures cannot be read and are left out, the first being %s",
-        *(len(broken), len(images), images.paths[first]),
+        *(len(broken), len(images), images.paths[min(broken)]),
     )
     whole = [i for i in range(len(images)) if i not in broken]
     for place, i in enumerate(whole):  # in place: there may be no room for a copy

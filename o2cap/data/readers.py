@@ -12,17 +12,18 @@ import re
 import string
 import unicodedata
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from o2cap.data.images import ImageSet, ReIDDataset, list_pictures, readable
-from o2cap.data.loading import find_grey_range, read_picture
+from o2cap.data.loading import find_grey_range, read_pictures
 from o2cap.errors import InputError, unknown
 
 # By data set, split and what is counted; the file says where the numbers come from.
@@ -151,18 +152,9 @@ def verify_dataset(name: str, root: Path | None, *, pictures: bool = False) -> R
     reading.problems += reading.differences()
     if pictures:
         parts = reading.dataset.splits().values()
-        grey = reading.dataset.train.grey_range
-        paths = dict.fromkeys(path for part in parts for path in part.paths)
-
-        def fault(path: Path) -> str | None:
-            try:
-                read_picture(path, 16, 16, grey)
-            except InputError as error:
-                return str(error)
-            return None
-
-        with ThreadPoolExecutor() as pool:
-            reading.problems += filter(None, pool.map(fault, paths))
+        room = [np.empty((len(part), 16, 16, 3), np.uint8) for part in parts]
+        faults = chain(*(f.values() for f in map(read_pictures, parts, room)))
+        reading.problems += dict.fromkeys(map(str, faults))
     return reading
 
 
@@ -252,10 +244,8 @@ def _named(name: str, root: Path, skip_unreadable: bool) -> Reading:
     return Reading(_dataset(name, *parts), PUBLISHED[name], found, problems)
 
 
-_MSMT17: dict[tuple[str, ...], str] = {
-    ("train", "test"): "v1",
-    ("mask_train_v2", "mask_test_v2"): "v2",
-}
+# folders of V1 and V2
+_MSMT17: list[tuple[str, ...]] = [("train", "test"), ("mask_train_v2", "mask_test_v2")]
 # path (without ..), camera, identity of a line in a list file
 _MSMT17_LINE = re.compile(
     r"((?:\w+/)*\d+_\d+_(?!0+_)(\d{1,4})_\w+\.(?:jpg|jpeg|png)) (\d{1,9})", re.ASCII
@@ -270,7 +260,7 @@ def _msmt17(root: Path, skip_unreadable: bool) -> Reading:
     test identities are shifted past the training ones, so that equal numbers are equal
     persons.
     """
-    base, folders = _base(root, list(_MSMT17))
+    base, folders = _base(root, _MSMT17)
     parts: dict[str, list[Picture]] = {}
     problems, shift = [], 0
     for part in ("train", "val", "query", "gallery"):
@@ -294,9 +284,8 @@ def _msmt17(root: Path, skip_unreadable: bool) -> Reading:
         if part == "val":
             train = parts["train"] + pictures
             shift = 1 + max((pid for _, _, pid, *_ in train), default=-1)
-    dataset = _dataset(
-        f"msmt17-{_MSMT17[folders]}", train, parts["query"], parts["gallery"]
-    )
+    name = f"msmt17-v{1 + _MSMT17.index(folders)}"
+    dataset = _dataset(name, train, parts["query"], parts["gallery"])
     return Reading(dataset, PUBLISHED["msmt17"], problems=problems)
 
 
