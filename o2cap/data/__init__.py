@@ -47,8 +47,8 @@ def load_dataset(
         Leave out, with a warning, pictures that a manifest names and that do not
         exist, and folders that cannot be read, instead of stopping.
     **options
-        For the rendered sets: the fields of `SyntheticConfig`, and `height`, `width`,
-        `workers` and `cache` of `render_dataset`.
+        For the rendered sets: the fields of `SyntheticConfig`, and `height`, `width`
+        and `workers` of `render_dataset`.
 
     Returns
     -------
@@ -67,7 +67,7 @@ def load_dataset(
         # Here, because the renderer compiles kernels that real data never need.
         from o2cap.data.synthetic import render_dataset
 
-        sizes = ("height", "width", "workers", "cache")
+        sizes = ("height", "width", "workers")
         how = {key: options.pop(key) for key in sizes if key in options}
         return render_dataset(SyntheticConfig(**(options | EMBEDDED[name])), **how)
     if name not in READERS:

@@ -38,9 +38,7 @@ LEFT_BEHIND = {
     *("$recycle.bin", "system volume information", "__macosx", "lost+found"),
 }
 
-LEAVE_OUT = (
-    " (train, embed, cluster and search can leave it out: --skip-unreadable True)"
-)
+LEAVE_OUT = " (train, embed, cluster and search can skip it: --skip-unreadable True)"
 
 
 @contextmanager

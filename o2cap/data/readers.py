@@ -28,9 +28,10 @@ from o2cap.errors import InputError, unknown
 
 # By data set, split and what is counted; the file says where the numbers come from.
 PUBLISHED: dict[str, dict[str, dict[str, int]]] = {}
-for _line in Path(__file__).with_name("counts.csv").read_text("utf-8").splitlines()[2:]:
-    _name, _split, _what, _count = _line.split(",")
-    PUBLISHED.setdefault(_name, {}).setdefault(_split, {})[_what] = int(_count)
+for _line in Path(__file__).with_name("counts.csv").read_text("utf-8").splitlines():
+    if not _line.startswith("#"):
+        _name, _split, _what, _count = _line.split(",")
+        PUBLISHED.setdefault(_name, {}).setdefault(_split, {})[_what] = int(_count)
 
 SPLITS = ("train", "query", "gallery")
 
@@ -86,9 +87,7 @@ class Reading:
         ]
 
 
-def read_dataset(
-    name: str, root: Path | None, skip_unreadable: bool = False
-) -> Reading:
+def read_dataset(name: str, root: Path | None, skip_unreadable: bool) -> Reading:
     """Read the real data set `name` and say what was found.
 
     Parameters
@@ -148,7 +147,7 @@ def verify_dataset(name: str, root: Path | None, *, pictures: bool = False) -> R
     InputError
         When the name is unknown, or `root` does not hold the layout.
     """
-    reading = read_dataset(name, root)
+    reading = read_dataset(name, root, skip_unreadable=False)
     reading.problems += reading.differences()
     if pictures:
         parts = reading.dataset.splits().values()
@@ -160,7 +159,8 @@ def verify_dataset(name: str, root: Path | None, *, pictures: bool = False) -> R
 
 # ---------------------------------------------------------------- the benchmarks
 
-_PERSONS = ("bounding_box_train", "query", "bounding_box_test")
+Folders = tuple[str, ...]
+_PERSONS: Folders = ("bounding_box_train", "query", "bounding_box_test")
 _VEHICLES = ("image_train", "image_query", "image_test")
 
 # Folders of the three splits; identity and camera (from 1) in a name; such a name.
@@ -245,7 +245,7 @@ def _named(name: str, root: Path, skip_unreadable: bool) -> Reading:
 
 
 # folders of V1 and V2
-_MSMT17: list[tuple[str, ...]] = [("train", "test"), ("mask_train_v2", "mask_test_v2")]
+_MSMT17: list[Folders] = [("train", "test"), ("mask_train_v2", "mask_test_v2")]
 # path (without ..), camera, identity of a line in a list file
 _MSMT17_LINE = re.compile(
     r"((?:\w+/)*\d+_\d+_(?!0+_)(\d{1,4})_\w+\.(?:jpg|jpeg|png)) (\d{1,9})", re.ASCII
@@ -289,9 +289,7 @@ def _msmt17(root: Path, skip_unreadable: bool) -> Reading:
     return Reading(dataset, PUBLISHED["msmt17"], problems=problems)
 
 
-def _base(
-    root: Path, variants: Sequence[tuple[str, ...]]
-) -> tuple[Path, tuple[str, ...]]:
+def _base(root: Path, variants: list[Folders]) -> tuple[Path, Folders]:
     """Find the folders of a layout in `root`, or in one folder directly below it.
 
     The archives differ in the name of their top folder, and people point at either.
@@ -494,7 +492,7 @@ def manifest_from_pattern(
         raise InputError(f"--pattern {pattern} is none ({error}).") from error
     if "camid" not in names:
         raise InputError(
-            f"--pattern {pattern} has no {{camid}}, as {{camid}}/{{frame}}.jpg has."
+            f"--pattern {pattern} has no {{camid}}; write it for the camera."
         )
     folder = Path(os.path.abspath(folder))
     rows: list[dict[str, Any]] = []
@@ -504,11 +502,10 @@ def manifest_from_pattern(
         if match is None:
             others.append(path)
             continue
-        row: dict[str, Any] = {"split": "train", "pid": ""}
-        row |= match.groupdict() | {"path": path}
-        if row["split"] not in SPLITS:
-            raise InputError(f"{path}: {unknown('the split', row['split'], SPLITS)}")
-        rows.append(row)
+        said = {"split": "train", "pid": ""} | match.groupdict()
+        if said["split"] not in SPLITS:
+            raise InputError(f"{path}: {unknown('the split', said['split'], SPLITS)}")
+        rows.append(said | {"path": path})
     if not rows:
         what = f", such as {others[0]}" if others else ""
         raise InputError(f"No picture in {folder} fits --pattern {pattern}{what}.")
