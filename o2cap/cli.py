@@ -7,7 +7,6 @@ speaks.
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import os
@@ -21,9 +20,11 @@ import tyro
 import o2cap
 from o2cap.config import STYLE, Config, SyntheticConfig, starting_point
 from o2cap.errors import InputError
+from o2cap.files import check_writable, read_json, replacing, write_csv
 
 
 def speaks() -> bool:
+    """Say whether this process is the one that talks to the user."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -107,7 +108,6 @@ def evaluate(
     from o2cap.data import load_configured
     from o2cap.device import Hardware
     from o2cap.evaluation import Evaluator, assess, check_parts
-    from o2cap.files import read_json
     from o2cap.run import load_model
 
     config, model = load_model(run)
@@ -241,13 +241,10 @@ def export(run: Run, output: Out) -> None:
 
 def _check(path: Path | None, *suffixes: str, option: str = "--output") -> None:
     """Refuse a file before the work is done that it was to hold."""
-    from o2cap.files import check_writable
-
-    if path is None:
-        return
-    if path.suffix.lower() not in suffixes:
-        raise InputError(f"{option} {path} must end in {' or '.join(suffixes)}.")
-    check_writable(path)
+    if path is not None:
+        if path.suffix.lower() not in suffixes:
+            raise InputError(f"{option} {path} must end in {' or '.join(suffixes)}.")
+        check_writable(path)
 
 
 def report(run: Run, device: str = "auto") -> None:
@@ -272,7 +269,6 @@ def sheet(name: Name, output: Out, root: Place = None, split: Split = "train") -
         split: Which part.
     """
     from o2cap.data import load_dataset
-    from o2cap.files import replacing
     from o2cap.sheets import contact_sheet
 
     _check(output, ".png")
@@ -300,7 +296,6 @@ def verify(
             picture that cannot be read), problem.
     """
     from o2cap.data.readers import verify_dataset
-    from o2cap.files import replacing
 
     _check(list, ".csv", option="--list")
     found = verify_dataset(name, root, pictures=pictures)
@@ -311,12 +306,9 @@ def verify(
     for sentence in found.notes + found.problems[:10]:
         print(sentence)
     if list is not None:
-        with replacing(list) as path, path.open("w", encoding="utf-8", newline="") as f:
-            table = csv.writer(f)
-            table.writerow(["path", "problem"])
-            for sentence in found.problems:
-                picture, of_one, _ = sentence.partition(" cannot be read as a picture")
-                table.writerow([picture if of_one else "", sentence])
+        parts = (s.rpartition(" cannot be read as a picture") for s in found.problems)
+        rows = zip((picture for picture, _, _ in parts), found.problems, strict=True)
+        write_csv(list, ["path", "problem"], rows)
     if found.problems:
         where = "the first of them above" if list is None else f"all of them in {list}"
         raise InputError(
@@ -334,7 +326,6 @@ def manifest(folder: Run, pattern: str, output: Out) -> None:
         output: The CSV file to write.
     """
     from o2cap.data.readers import manifest_from_pattern
-    from o2cap.files import replacing
 
     _check(output, ".csv")
     rows, others = manifest_from_pattern(folder, pattern)
@@ -346,11 +337,7 @@ def manifest(folder: Run, pattern: str, output: Out) -> None:
         said = "%d of %d pictures do not fit the pattern and are left out, such as %s"
         number = len(others) + len(rows)
         logging.getLogger("o2cap").warning(said, len(others), number, others[0])
-    how: Any = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
-    with replacing(output) as path, path.open("w", **how) as file:
-        table = csv.DictWriter(file, rows[0])
-        table.writeheader()
-        table.writerows(rows)
+    write_csv(output, [*rows[0]], rows)
     print(output)
 
 

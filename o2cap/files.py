@@ -7,9 +7,10 @@ import functools
 import json
 import logging
 import os
+import secrets
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,24 @@ from o2cap.errors import InputError
 
 
 @contextlib.contextmanager
+def usable(path: Path, what: str = "used") -> Iterator[None]:
+    """Do something with `path` in the block that the system may refuse.
+
+    Raises
+    ------
+    InputError
+        When it does (no permission, full disk, too long a name).
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{path} cannot be {what} ({reason}).") from error
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`, which takes its place at the end.
+    """Give the path of a new file beside `path`, which takes its place at the end.
 
     When the block fails or the program dies, `path` is as it was before. When the power
     is cut, it is that or the new file, whole.
@@ -28,28 +45,38 @@ def replacing(path: Path) -> Iterator[Path]:
     InputError
         When the system refuses to write (full disk, no permission); says where.
     """
-    name, path = None, path.expanduser()
-    try:
+    path = path.expanduser()
+    part = path.parent / f".{path.name}.{secrets.token_hex(4)}.part"
+    with usable(path, "written"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(".part", f".{path.name}.", path.parent)
-        os.close(handle)
-        yield Path(name)
-        os.chmod(name, 0o666 & ~_umask())
-        # On the disk first, and the exchange after it: a system may do them in the
-        # other order, and a power cut between the two would leave an empty file.
-        with open(name, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(name, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be written ({error.strerror or error}); what was there "
-            "before is untouched."
-        ) from error
-    finally:
-        if name is not None:
+        try:
+            yield part
+            # On the disk first, and the exchange after it: a system may do them in the
+            # other order, and a power cut between the two would leave an empty file.
+            _sync(part, os.O_RDWR)
+            os.replace(part, path)
+            with contextlib.suppress(OSError):  # not every system opens a folder
+                _sync(path.parent, os.O_RDONLY)
+        finally:
             with contextlib.suppress(OSError):
-                os.unlink(name)
+                part.unlink()
+
+
+def _sync(path: Path, flags: int) -> None:
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Any]) -> None:
+    """Write a table; a file name that is no text goes out as the bytes that it is."""
+    import pandas as pd
+
+    table = pd.DataFrame(rows, columns=columns, dtype=object)  # nothing is converted
+    with replacing(path) as part:
+        table.to_csv(part, index=False, errors="surrogateescape")
 
 
 def check_writable(path: Path) -> None:
@@ -61,43 +88,12 @@ def check_writable(path: Path) -> None:
         When it could not: it is a folder, or may not be made where it is to be.
     """
     path = path.expanduser()
-    with usable(path):
-        place = next(p for p in path.absolute().parents if p.exists())
-        if path.is_dir():
-            reason = "it is a folder"
-        elif not place.is_dir():
-            reason = f"{place} is no folder"
-        elif not os.access(place, os.W_OK):
-            reason = f"{place} may not be written to"
-        else:
-            return
-    raise InputError(f"{path} cannot be written: {reason}.")
-
-
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not every system opens a folder
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-@contextlib.contextmanager
-def usable(path: Path) -> Iterator[None]:
-    """Look at `path` in the block: a question that the system may refuse to answer.
-
-    Raises
-    ------
-    InputError
-        When it does (no permission, too long a name).
-    """
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be used ({error.strerror or error})."
-        ) from error
+    place = next(p for p in path.absolute().parents if p.exists())
+    if path.is_dir():
+        raise InputError(f"{path} cannot be written: it is a folder.")
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        reason = f"{place} is no folder that may be written to"
+        raise InputError(f"{path} cannot be written: {reason}.")
 
 
 def read_json(path: Path, *names: str) -> Any:
@@ -125,12 +121,12 @@ def cache_folder() -> Path:
     usual = {"win32": "~/AppData/Local", "darwin": "~/Library/Caches"}
     usual_here = os.environ.get("XDG_CACHE_HOME") or usual.get(sys.platform, "~/.cache")
     folder = Path(os.environ.get("O2CAP_CACHE") or f"{usual_here}/o2cap")
-    try:
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home
         folder = folder.expanduser()
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # RuntimeError: there is no home
-        return _private_folder(folder)
-    return folder if os.access(folder, os.W_OK) else _private_folder(folder)
+        if os.access(folder, os.W_OK):
+            return folder
+    return _private_folder(folder)
 
 
 @functools.cache
@@ -139,16 +135,6 @@ def _private_folder(instead_of: Path) -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():  # somebody else's trap
         folder = Path(tempfile.mkdtemp(prefix="o2cap-"))
-    logging.getLogger("o2cap").warning(
-        "%s cannot be written; rendered pictures and compiled code are kept in %s "
-        "(O2CAP_CACHE may name another folder)",
-        instead_of,
-        folder,
-    )
+    said = "%s cannot be written; the cache is %s (O2CAP_CACHE may name another folder)"
+    logging.getLogger("o2cap").warning(said, instead_of, folder)
     return folder
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

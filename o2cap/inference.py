@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import os
 from collections.abc import Sequence
@@ -28,7 +26,7 @@ from o2cap.data.transforms import MEAN, STD
 from o2cap.device import Hardware
 from o2cap.errors import InputError
 from o2cap.features import extract_all
-from o2cap.files import read_json, replacing
+from o2cap.files import read_json, replacing, write_csv
 from o2cap.run import load_model
 from o2cap.sheets import contact_sheet, ranked_lists
 from o2cap.trainer import find_clusters
@@ -63,16 +61,16 @@ class Embedding:
         and ``identities``; −1 or empty where unknown.
         """
         images, each = self.images, range(len(self.images))
-        columns: dict[str, Any] = {
-            "paths": [str(path) for path in images.paths],
-            "features": self.features.numpy(),
-            "camids": images.camids.numpy(),
-            "cameras": [images.camera(i) for i in each],
-            "identities": [images.identity(i) for i in each],
-            "model": self.model,
-        }
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, **columns)
+        with replacing(path) as part, part.open("wb") as file:
+            np.savez(
+                file,
+                paths=[str(path) for path in images.paths],
+                features=self.features.numpy(),
+                camids=images.camids.numpy(),
+                cameras=[images.camera(i) for i in each],
+                identities=[images.identity(i) for i in each],
+                model=self.model,
+            )
 
 
 def load_embedding(path: Path) -> Embedding:
@@ -83,7 +81,6 @@ def load_embedding(path: Path) -> Embedding:
     InputError
         When the file is missing, damaged, or holds something else.
     """
-    fault = f"{path} holds no features written by o2cap embed"
     try:
         with np.load(path.expanduser(), allow_pickle=False) as file:
             columns = dict(file)
@@ -96,10 +93,10 @@ def load_embedding(path: Path) -> Embedding:
         images = ImageSet([Path(path) for path in paths], camids, None, *names)
         if features.shape[:-1] != camids.shape or not features.isfinite().all():
             raise ValueError("its columns have other shapes or values")
-    except FileNotFoundError as error:
-        raise InputError(f"The file {path} does not exist.") from error
     except Exception as error:  # numpy raises many kinds on damaged files
-        raise InputError(f"{fault} ({error}).") from error
+        raise InputError(
+            f"{path} holds no features of o2cap embed ({error})."
+        ) from error
     return Embedding(images, features, str(columns["model"]))
 
 
@@ -108,7 +105,7 @@ Pictures = Path | Sequence[Path]
 
 def embed(
     run: Path,
-    pictures: Pictures | ImageSet,
+    pictures: Pictures | ImageSet | Embedding,
     *,
     device: str = "auto",
     skip_unreadable: bool = False,
@@ -119,9 +116,11 @@ def embed(
     ----------
     run : Path
         Directory of a finished run.
-    pictures : Path, sequence of Path, or ImageSet
+    pictures : Path, sequence of Path, ImageSet or Embedding
         Files and folders, see :func:`find_pictures`, or a set of pictures. Cameras that
-        the run was trained on keep their numbers.
+        the run was trained on keep their numbers. An .npz file of
+        :meth:`Embedding.save`, or what that stands for, is embedded already, and only
+        has to be of this model.
     device : str
         As the setting of the same name.
     skip_unreadable : bool
@@ -131,53 +130,39 @@ def embed(
     ------
     InputError
         For a directory that is no finished run, pictures that do not exist or cannot
-        be read, or a device that is not here.
+        be read, features of another model, or a device that is not here.
     """
     config, model = load_model(run)
-    images = pictures
-    if not isinstance(images, ImageSet):
-        known = read_json(run / "environment.json").get("cameras", [])
-        images = find_pictures(images, known, skip_unreadable=skip_unreadable)
+    facts = read_json(run / "environment.json")
+    made_by = hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest()[:16]
+    source, name = pictures, "the features given"
+    if isinstance(source, Path) and source.suffix.lower() == ".npz":
+        source, name = load_embedding(source), str(source)
+    if isinstance(source, Embedding):
+        images = source.images
+        if source.model != made_by:
+            raise InputError(
+                f"{name} were made by another model than that of {run}, and cannot be "
+                "compared; embed the pictures again."
+            )
+    elif isinstance(source, ImageSet):
+        images = source
+    else:
+        cameras = facts.get("cameras", [])
+        images = find_pictures(source, cameras, skip_unreadable=skip_unreadable)
+    if facts.get("grey_range"):
+        images = replace(images, grey_range=tuple(facts["grey_range"]))
+    if isinstance(source, Embedding):
+        return replace(source, images=images)
     if not len(images):
         raise InputError("There are no pictures to embed.")
-    images = _as_trained(run, images)
     hardware = Hardware.choose(replace(config, device=device))
     with hardware.in_force(config):
-        how: dict[str, Any] = {
-            "workers": config.workers,
-            "skip_unreadable": skip_unreadable,
-        }
+        how: Any = {"workers": config.workers, "skip_unreadable": skip_unreadable}
         pixels, images = decode(images, config.height, config.width, **how)
         model = model.to(hardware.device)
         features = extract_all(model, pixels, config, hardware, progress=True)
-    return Embedding(images, features.cpu(), _fingerprint(run))
-
-
-def _as_trained(run: Path, images: ImageSet) -> ImageSet:
-    """Return the pictures with the run's range of grey, if it has one."""
-    known = read_json(run / "environment.json").get("grey_range")
-    return replace(images, grey_range=tuple(known)) if known else images
-
-
-def _fingerprint(run: Path) -> str:
-    return hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest()[:16]
-
-
-def _embedded(
-    run: Path, source: Pictures | ImageSet | Embedding, **how: Any
-) -> Embedding:
-    """Return `source` embedded, by the run, or before and read from a file."""
-    name = "the features given"
-    if isinstance(source, Path) and source.suffix.lower() == ".npz":
-        source, name = load_embedding(source), str(source)
-    if not isinstance(source, Embedding):
-        return embed(run, source, **how)
-    if source.model != _fingerprint(run):
-        raise InputError(
-            f"{name} were made by another model than that of {run}; features of two "
-            "models cannot be compared, so embed the pictures again."
-        )
-    return replace(source, images=_as_trained(run, source.images))
+    return Embedding(images, features.cpu(), made_by)
 
 
 # ------------------------------------------------------------------------------ search
@@ -221,15 +206,16 @@ class Ranking:
 
     def matches(self, query: int = 0) -> list[Match]:
         """Return the matches of a query as plain records."""
-        mine, there = self.query.identity(query), self.gallery
-        found: list[Match] = []
-        for j, distance in zip(self.index[query], self.distance[query], strict=True):
+        mine, there, found = self.query.identity(query), self.gallery, []
+        each = zip(
+            self.index[query].tolist(), self.distance[query].tolist(), strict=True
+        )
+        for rank, (j, distance) in enumerate(each, 1):
             if j >= 0:
                 theirs, camid = there.identity(j), int(there.camids[j])
-                place = (len(found) + 1, str(there.paths[j]), camid, there.camera(j))
+                place = (rank, str(there.paths[j]), camid, there.camera(j))
                 same = mine == theirs if mine and theirs else None
-                value = round(max(float(distance), 0), 6)
-                found.append(Match(*place, theirs, value, same))
+                found.append(Match(*place, theirs, round(max(distance, 0), 6), same))
         return found
 
     def records(self) -> list[dict[str, Any]]:
@@ -247,14 +233,13 @@ class Ranking:
 
     def save(self, path: Path) -> None:
         """Write the picture (.png) or the records (.json, .csv), by the suffix."""
-        records = self.records()
-        rows = [
-            {"query": r["query"]} | match for r in records for match in r["matches"]
-        ]
-        if path.suffix.lower() != ".png":
-            return _write(path, ["query", *Match.__annotations__], rows, records)
-        with replacing(path) as temporary:
-            self.figure().save(temporary, "png")
+        if path.suffix.lower() == ".png":
+            with replacing(path) as part:
+                self.figure().save(part, "png")
+        else:
+            records = self.records()
+            rows = [{"query": r["query"]} | m for r in records for m in r["matches"]]
+            _write(path, ["query", *Match.__annotations__], rows, records)
 
 
 def search(
@@ -301,7 +286,7 @@ def search(
     if top < 1:
         raise InputError(f"--top is {top}; it must be at least 1.")
     how: dict[str, Any] = {"device": device, "skip_unreadable": skip_unreadable}
-    there, asked = _embedded(run, gallery, **how), embed(run, queries, **how)
+    there, asked = embed(run, gallery, **how), embed(run, queries, **how)
     query, found, own = _labelled(asked.images, there.images)
     names = [p.camera(i) for p in (query, found) for i in range(len(p))]
     if same_camera == "drop" and "" in names:
@@ -369,7 +354,7 @@ class Clustering:
         ]
         _write(path, ["path", "camid", "camera", "cluster"], rows, rows)
 
-    def save_sheets(self, folder: Path, per_camera: int = 8) -> int:
+    def save_sheets(self, folder: Path) -> int:
         """Write a contact sheet per cluster, ``cluster_0000.png`` on; say how many.
 
         Raises
@@ -380,12 +365,10 @@ class Clustering:
         refuse_occupied(folder)
         number = int(self.clusters.max()) + 1
         for cluster in range(number):
-            labels = torch.where(self.clusters == cluster, self.clusters, -1)
-            sheet = contact_sheet(
-                self.images, labels, per_camera=per_camera, name="cluster"
-            )
-            with replacing(folder / f"cluster_{cluster:04d}.png") as file:
-                sheet.save(file, "png")
+            labels = self.clusters.where(self.clusters == cluster, -1)
+            sheet = contact_sheet(self.images, labels, per_camera=8, name="cluster")
+            with replacing(folder / f"cluster_{cluster:04d}.png") as part:
+                sheet.save(part, "png")
         return number
 
 
@@ -416,13 +399,12 @@ def cluster(
         As :func:`embed`, for features of another model, and for cameras that are not
         known where the run's settings need them.
     """
-    config, _ = load_model(run)  # first, as it refuses a directory that is no run
+    config, _ = load_model(run)
     if eps is not None:
         config = replace(config, clustering=replace(config.clustering, eps=eps))
-    how: dict[str, Any] = {"device": device, "skip_unreadable": skip_unreadable}
-    found = _embedded(run, pictures, **how)
-    camids = found.images.camids
-    return Clustering(found.images, find_clusters(found.features, camids, config))
+    found = embed(run, pictures, device=device, skip_unreadable=skip_unreadable)
+    clusters = find_clusters(found.features, found.images.camids, config)
+    return Clustering(found.images, clusters)
 
 
 def refuse_occupied(folder: Path) -> None:
@@ -432,17 +414,12 @@ def refuse_occupied(folder: Path) -> None:
         raise InputError(f"{folder} is not empty; name a new folder for the sheets.")
 
 
-def _write(path: Path, header: list[str], rows: list[Any], records: list[Any]) -> None:
+def _write(path: Path, columns: list[str], rows: list[Any], records: list[Any]) -> None:
     """Write rows as CSV, or records as JSON, by the suffix."""
-    text = io.StringIO(json.dumps(records, indent=2) + "\n")
     if path.suffix.lower() != ".json":
-        text = io.StringIO()
-        writer = csv.DictWriter(text, header, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    with replacing(path) as temporary:
-        # A file name that is no valid UTF-8 goes out as the bytes it is.
-        temporary.write_bytes(text.getvalue().encode("utf-8", "surrogateescape"))
+        return write_csv(path, columns, rows)
+    with replacing(path) as part:
+        part.write_text(json.dumps(records, indent=2) + "\n")
 
 
 # ------------------------------------------------------------------------------ export

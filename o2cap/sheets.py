@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from itertools import accumulate, islice, zip_longest
 
 import numpy as np
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from o2cap.data.images import ImageSet, open_picture
 from o2cap.data.loading import decode
-from o2cap.errors import InputError
 
 GREEN, VERMILLION, GREY = "#009E73", "#D55E00", "#8C8C8C"  # Okabe and Ito
 # Large enough to be read at half the size.
@@ -71,14 +69,15 @@ def contact_sheet(
         [((labels == p) & (images.camids == c)).nonzero()[:each, 0] for c in cameras]
         for p in shown
     ]
-    each = max(len(cell) for row in members for cell in row)
-    chosen = torch.cat([cell for row in members for cell in row])
-    drawn = [*map(Image.fromarray, thumbnails(images.select(chosen), _TALL))]
-    white, pictures = Image.new("RGB", drawn[0].size, "white"), iter(drawn)
+    cells = [cell for row in members for cell in row]
+    each = max(map(len, cells))
+    drawn = thumbnails(images.select(torch.cat(cells)), _TALL)
+    pictures = map(Image.fromarray, drawn)
+    white = Image.new("RGB", (drawn.shape[2], _TALL), "white")
     first = [int((images.camids == c).nonzero()[0]) for c in cameras]
     table = [[_text(name), *(_text(_camera(images, i) or "unknown") for i in first)]]
     for i, row in enumerate(members):
-        one = next(int(cell[0]) for cell in row if len(cell))
+        one = int(torch.cat(row)[0])
         label = images.identity(one) if rows is None else str(int(shown[i]))
         table.append([_text(notes[i] if notes else label)])
         for cell in row:
@@ -144,10 +143,8 @@ def ranked_lists(
     """
     found = index[index >= 0]
     paths = [*query.paths, *(gallery.paths[j] for j in found.tolist())]
-    both = ImageSet(
-        paths, torch.zeros(len(paths)).long(), grey_range=gallery.grey_range
-    )
-    pixels = thumbnails(both, _TALL)
+    camids = torch.full((len(paths),), -1)
+    pixels = thumbnails(ImageSet(paths, camids, grey_range=gallery.grey_range), _TALL)
     queries, matches = pixels[: len(query)], iter(pixels[len(query) :])
     table = [[_text(str(rank or "query")) for rank in range(1 + index.shape[1])]]
     for i, row in enumerate(index.tolist()):
@@ -155,20 +152,19 @@ def ranked_lists(
         note = notes[i] if notes else ""
         table.append([_framed(queries[i], "black", note, _camera(query, i))])
         for k, j in enumerate(row):
-            if j < 0:
-                continue
-            theirs, value = gallery.identity(j), f"{max(float(distance[i, k]), 0):.2f}"
-            colour = (
-                (GREEN if mine == theirs else VERMILLION) if mine and theirs else GREY
-            )
-            table[-1].append(_framed(next(matches), colour, value, _camera(gallery, j)))
+            if j >= 0:
+                value, theirs = max(float(distance[i, k]), 0), gallery.identity(j)
+                colour = GREEN if mine == theirs else VERMILLION
+                text = f"{value:.2f}", _camera(gallery, j)
+                known = mine and theirs
+                cell = _framed(next(matches), colour if known else GREY, *text)
+                table[-1].append(cell)
     return _sheet(table)
 
 
 def thumbnails(images: ImageSet, height: int) -> np.ndarray:
     """Return pictures as uint8 [N, height, W, 3]; W suits the shape of the first."""
-    width = height // 2
-    with suppress(InputError), open_picture(images.paths[0]) as first:  # decode tells
+    with open_picture(images.paths[0]) as first:
         width = round(height * min(max(first.width / first.height, 0.4), 2))
     return decode(images, height, width)[0].numpy()
 

@@ -13,7 +13,6 @@ from o2cap.data import load_dataset
 from o2cap.data.images import ImageSet, list_pictures
 from o2cap.data.readers import name_layout
 from o2cap.errors import InputError
-from o2cap.files import usable
 
 _CAMERA_FOLDER = re.compile(r"(?:camera|cam|c)[-_ ]?\d{1,9}", re.I | re.ASCII)
 
@@ -54,16 +53,15 @@ def find_pictures(
     where = [where] if isinstance(where, Path) else where
     for given in where:
         place = Path(os.path.abspath(given.expanduser()))
-        with usable(place):
-            is_folder, is_file = place.is_dir(), place.is_file()
-        if not (is_folder or is_file):
+        paths, top = [place], place.parent.parent
+        if place.is_dir():
+            paths, top = list_pictures(place, skip_unreadable), place.parent
+        elif not place.exists():
             raise InputError(f"{given} does not exist; name a picture or a folder.")
-        if len(where) == 1 and is_file and place.suffix.lower() == ".csv":
+        elif len(where) == 1 and place.suffix.lower() == ".csv":
             return _listed(place, skip_unreadable)
-        paths = list_pictures(place, skip_unreadable) if is_folder else [place]
         if not paths:
             raise InputError(f"The folder {given} holds no picture.")
-        top = place.parent if is_folder else place.parent.parent
         for path in paths:
             folders = reversed(path.parent.relative_to(top).parts)
             like = (f for f in folders if f in numbers or _CAMERA_FOLDER.fullmatch(f))
@@ -72,10 +70,11 @@ def find_pictures(
     if layout := name_layout(list(found)):
         names = [f"c{camid}" for camid in layout[0].tolist()]
     for name in sorted({*names} - {"", *numbers}):
-        ending = re.search(r"\d+$", name)
-        free = max(numbers.values(), default=-1) + 1
-        wanted = int(ending[0]) if ending else free
-        numbers[name] = free if wanted in numbers.values() else wanted
+        ending, taken = re.search(r"\d+$", name), {*numbers.values()}
+        free = max(taken, default=-1) + 1
+        numbers[name] = (
+            int(ending[0]) if ending and int(ending[0]) not in taken else free
+        )
     camids = torch.tensor([numbers.get(n, -1) for n in names], dtype=torch.int64)
     return ImageSet(list(found), camids, cameras=names)
 
@@ -83,9 +82,7 @@ def find_pictures(
 def _listed(manifest: Path, skip_unreadable: bool) -> ImageSet:
     parts = load_dataset("manifest", manifest, skip_missing=skip_unreadable).splits()
     known = {p: (part, i) for part in parts.values() for i, p in enumerate(part.paths)}
-    return ImageSet(
-        list(known),
-        torch.tensor([int(part.camids[i]) for part, i in known.values()]),
-        cameras=[part.camera(i) for part, i in known.values()],
-        identities=[part.identity(i) for part, i in known.values()],
-    )
+    camids = torch.tensor([int(part.camids[i]) for part, i in known.values()])
+    cameras = [part.camera(i) for part, i in known.values()]
+    identities = [part.identity(i) for part, i in known.values()]
+    return ImageSet(list(known), camids, None, cameras, identities)
