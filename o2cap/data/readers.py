@@ -491,9 +491,7 @@ def manifest_from_pattern(
     except (ValueError, re.error) as error:
         raise InputError(f"--pattern {pattern} is none ({error}).") from error
     if "camid" not in names:
-        raise InputError(
-            f"--pattern {pattern} has no {{camid}}; write it for the camera."
-        )
+        raise InputError(f"--pattern {pattern} has no {{camid}}; write one, too.")
     folder = Path(os.path.abspath(folder))
     rows: list[dict[str, Any]] = []
     others = []
