@@ -30,10 +30,8 @@ def main(args: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()
         return 0
-    except InputError as error:
-        code, said = 2, str(error)
-    except TrainingError as error:
-        code, said = 1, str(error)
+    except (InputError, TrainingError) as error:
+        code, said = 2 if isinstance(error, InputError) else 1, str(error)
     except KeyboardInterrupt as error:
         code, word = (143, "terminated") if error.args else (130, "interrupted")
         said = f"{word}{again}."

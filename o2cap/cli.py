@@ -119,17 +119,13 @@ def evaluate(
         found = load_configured(config)
         (known,) = read_json(run / "environment.json", "fingerprint")
         if dataset is None and root is None and found.fingerprint() != known:
-            raise InputError(
-                f"{run} was trained on other pictures than its settings name now; "
-                "say what to evaluate on with --dataset and --root."
-            )
+            said = f"{run} was trained on other pictures than its settings name now"
+            raise InputError(f"{said}; give --dataset and --root.")
         check_parts(found, train=False, same_camera=same_camera)
         evaluator = Evaluator(config, found, hardware)
         if not evaluator.decoded:
-            raise InputError(
-                f"The data set {found.name} has no query and no gallery, so there is "
-                "nothing to evaluate; give another one with --dataset and --root."
-            )
+            said = f"The data set {found.name} has no query and no gallery"
+            raise InputError(f"{said}; give --dataset and --root.")
         features = evaluator.features(model.to(hardware.device))
         (_, query), (_, gallery) = evaluator.decoded
         rule: dict[str, Any] = {"same_camera": same_camera, "rerank": bool(rerank)}
@@ -311,9 +307,8 @@ def verify(
         write_csv(list, ["path", "problem"], rows)
     if found.problems:
         where = "the first of them above" if list is None else f"all of them in {list}"
-        raise InputError(
-            f"{name} in {root}: {len(found.problems)} differences or problems, {where}."
-        )
+        number = f"{len(found.problems)} differences or problems"
+        raise InputError(f"{name} in {root}: {number}, {where}.")
 
 
 def manifest(folder: Run, pattern: str, output: Out) -> None:
@@ -415,10 +410,7 @@ def reproduce(
     grid = grid or batch.GRID
     what = batch.Batch(target or usual, dataset, root, grid, only, cores)
     if check and (dry_run or output or profile):
-        raise InputError(
-            "--check trains, on this machine and in a place of its own; leave "
-            "--dry-run, --output and --profile out."
-        )
+        raise InputError("Leave --dry-run, --output and --profile out with --check.")
     if check:
         print(batch.check(what))
         return

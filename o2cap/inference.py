@@ -141,10 +141,8 @@ def embed(
     if isinstance(source, Embedding):
         images = source.images
         if source.model != made_by:
-            raise InputError(
-                f"{name} were made by another model than that of {run}, and cannot be "
-                "compared; embed the pictures again."
-            )
+            said = f"{name} were made by another model than that of {run}"
+            raise InputError(f"{said}; embed the pictures again.")
     elif isinstance(source, ImageSet):
         images = source
     else:
@@ -207,10 +205,8 @@ class Ranking:
     def matches(self, query: int = 0) -> list[Match]:
         """Return the matches of a query as plain records."""
         mine, there, found = self.query.identity(query), self.gallery, []
-        each = zip(
-            self.index[query].tolist(), self.distance[query].tolist(), strict=True
-        )
-        for rank, (j, distance) in enumerate(each, 1):
+        index, distances = self.index[query].tolist(), self.distance[query].tolist()
+        for rank, (j, distance) in enumerate(zip(index, distances, strict=True), 1):
             if j >= 0:
                 theirs, camid = there.identity(j), int(there.camids[j])
                 place = (rank, str(there.paths[j]), camid, there.camera(j))
@@ -291,10 +287,8 @@ def search(
     names = [p.camera(i) for p in (query, found) for i in range(len(p))]
     if same_camera == "drop" and "" in names:
         path = [*query.paths, *found.paths][names.index("")]
-        raise InputError(
-            f"--same-camera drop needs to know every camera, and not that of {path}; "
-            "put it into a folder called like cam3, or name a manifest (.csv)."
-        )
+        said = f"--same-camera drop needs the camera of {path}, which is unknown"
+        raise InputError(f"{said}; use folders like cam3, or a manifest (.csv).")
     camera = torch.from_numpy(np.unique(names, return_inverse=True)[1])
     if rerank:
         blocks = reranking.rerank(asked.features, there.features)

@@ -398,7 +398,7 @@ def test_search_needs_a_top_and_known_cameras(run: Path, tmp_path: Path) -> None
     paint(tmp_path / "set/x.png", 0, 0, 0)
     with pytest.raises(InputError, match="top is 0"):
         search(run, tmp_path / "set", tmp_path / "set", top=0)
-    with pytest.raises(InputError, match=r"not that of .*set/x\.png"):
+    with pytest.raises(InputError, match=r"the camera of .*set/x\.png, which is"):
         search(run, tmp_path / "set", tmp_path / "set", same_camera="drop")
 
 
