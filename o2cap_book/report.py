@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,8 +109,10 @@ def report(
     page = pages.get_template("report.html.j2").render(
         run=found,
         name=run.resolve().name,
-        tiles=_tiles(found),
-        notes=[*_notes(found, finished), *missing],
+        finished=finished,
+        metrics=METRICS,
+        unseen=sorted((r for r in found.history if _missed(r) > 0), key=_missed),
+        missing=missing,
         curves=_curves(found.history),
         clusters=_clusters(found.config, clusters, data) if has_clusters else [],
         searched=bool(data and len(data.query)),
@@ -129,66 +130,24 @@ def report(
 
 def _same_data(
     run: RunResult, dataset: ReIDDataset | None
-) -> tuple[ReIDDataset | None, list[str]]:
+) -> tuple[ReIDDataset | None, str]:
     """Return the pictures of the run, or None and the reason why they are not there."""
     try:
         dataset = dataset or load_configured(run.config)
         if dataset.fingerprint() != run.environment["fingerprint"]:
             raise InputError("the data set found is not the one the run was trained on")
     except (InputError, OSError) as error:
-        return None, [f"Parts that need the pictures are left out: {error}"]
+        return None, str(error)
     listed = run.directory / "unreadable.txt"
     text = listed.read_text("utf-8", "surrogateescape") if listed.is_file() else ""
     lost = set(text.splitlines())
     kept = torch.tensor([str(path) not in lost for path in dataset.train.paths])
-    return replace(dataset, train=dataset.train.select(kept)), []
+    return replace(dataset, train=dataset.train.select(kept)), ""
 
 
-def _notes(run: RunResult, finished: bool) -> list[str]:
-    """Return what a reader must know first."""
-    found, history = [], run.history
-    if not finished:
-        found.append(
-            f"The run is not finished: {len(history)} of {run.config.epochs} epochs "
-            "are done. The same o2cap train command goes on with it."
-        )
-    if skipped := [str(r["epoch"]) for r in history if r.get("skipped")]:
-        found.append(
-            f"No training took place in epoch {', '.join(skipped)}: there were fewer "
-            "than two clusters. A larger clustering.eps finds more."
-        )
-    unseen = [r for r in history if r.get("proxies_visited", 0) < r.get("proxies", 0)]
-    if unseen:
-        worst = max(unseen, key=lambda r: r["proxies"] - r["proxies_visited"])
-        found.append(
-            f"In {len(unseen)} of {len(history)} epochs not every proxy was visited "
-            f"(epoch {worst['epoch']}: {worst['proxies_visited']} of "
-            f"{worst['proxies']}). More iterations would reach them."
-        )
-    if "mAP" not in run.final:
-        found.append(
-            "There is no mAP: the data have no query and gallery with identities."
-            if finished
-            else "The last epoch was not evaluated."
-        )
-    return found
-
-
-def _tiles(run: RunResult) -> list[tuple[str, str, str]]:
-    """Return the headline numbers: name, value, and what to hold it against."""
-    final, tiles = run.final, []
-    for key, name in METRICS.items():
-        if key in final:
-            before = run.before.get(key)
-            was = "" if before is None else f"before training {before:.1%}"
-            tiles.append((name, f"{final[key]:.1%}", was))
-    people = run.environment["counts"]["train"]["identities"]
-    true = f"for {people} identities" if people else "identities unknown"
-    tiles.append(("clusters", f"{final['clusters']:,}", true))
-    if math.isfinite(final.get("ari", math.nan)):
-        was = f"in the first epoch {run.history[0].get('ari', 0):.2f}"
-        tiles.append(("ARI of the clusters", f"{final['ari']:.2f}", was))
-    return tiles
+def _missed(record: dict[str, Any]) -> int:
+    """Return how many proxies an epoch did not visit; one without training, none."""
+    return record.get("proxies", 0) - record.get("proxies_visited", 0)
 
 
 def _curves(history: list[dict[str, Any]]) -> Picture:
