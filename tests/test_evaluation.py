@@ -70,7 +70,7 @@ def test_worked_by_hand():
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("grid", [0, 1])
-@pytest.mark.parametrize("seed", range(15))
+@pytest.mark.parametrize("seed", range(8))
 def test_equals_sorted_loops(seed, grid, device):
     case = random_case(seed, grid=grid)
     m_ap, m_inp, cmc, queries = sorted_loops(*case)
@@ -82,7 +82,7 @@ def test_equals_sorted_loops(seed, grid, device):
 
 
 @given(seed=st.integers(0, 10**6), data=st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20)
 def test_order_scale_and_blocks_change_nothing(seed, data):
     qf, gf, q_pid, g_pid, q_cam, g_cam = random_case(seed, grid=2)
     before = evaluate_retrieval(qf, gf, q_pid, g_pid, q_cam, g_cam)
@@ -188,7 +188,7 @@ def test_quality_by_hand():
     ),
     st.randoms(use_true_random=False),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20)
 def test_quality_ignores_names_order_and_outliers(rows, random):
     clusters, pids = (torch.tensor(c) for c in zip(*rows, strict=True))
     order = torch.tensor(random.sample(range(len(rows)), len(rows)))

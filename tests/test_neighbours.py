@@ -99,7 +99,7 @@ def test_a_bad_coarse_product_costs_time_not_exactness(monkeypatch, path):
 
 
 @given(seed=st.integers(0, 10**6), n=st.integers(2, 60), k=st.integers(1, 12))
-@settings(max_examples=30)
+@settings(max_examples=20)
 def test_order_of_rows_and_rotation_change_nothing(seed, n, k):
     k = min(k, n)
     f = cloud(n, dim=8, seed=seed)

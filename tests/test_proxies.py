@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,6 +28,7 @@ columns = st.lists(st.tuples(st.integers(-1, 6), st.integers(0, 9)), max_size=60
 
 
 @given(columns)
+@settings(max_examples=30)
 def test_split_on_any_labels(rows: list[tuple[int, int]]) -> None:
     table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 2)
     clusters, camids = table[:, 0].contiguous(), table[:, 1].contiguous()
@@ -48,6 +49,7 @@ def test_split_on_any_labels(rows: list[tuple[int, int]]) -> None:
 
 
 @given(columns, st.randoms(use_true_random=False))
+@settings(max_examples=20)
 def test_split_does_not_depend_on_the_order_of_images(
     rows: list[tuple[int, int]], random
 ) -> None:
@@ -94,8 +96,12 @@ def update_by_loop(
     return entries
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.2, 0.9, 1.0])
-@given(proxy=st.lists(st.integers(0, 6), max_size=40), seed=st.integers(0, 99))
+@given(
+    momentum=st.sampled_from([0.0, 0.2, 0.9, 1.0]),
+    proxy=st.lists(st.integers(0, 6), max_size=40),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=40)
 def test_update_equals_the_loop(momentum: float, proxy: list[int], seed: int) -> None:
     start, features = unit(7, 5, seed=seed), unit(len(proxy), 5, seed=seed + 100)
     index = torch.tensor(proxy, dtype=torch.int64)
@@ -136,6 +142,7 @@ def test_momentum_is_the_share_of_the_old_entry() -> None:
 
 
 @given(st.randoms(use_true_random=False))
+@settings(max_examples=10)
 def test_order_matters_only_within_a_proxy(random) -> None:
     start, features = unit(5, 6), unit(20, 6, seed=1)
     proxy = torch.arange(20) % 5
