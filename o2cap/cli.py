@@ -25,7 +25,9 @@ from o2cap.files import check_writable, read_json, replacing, write_csv
 
 def speaks() -> bool:
     """Say whether this process is the one that talks to the user."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this process, of those that torchrun starts, speaks for all."""
+    several = "WORLD_SIZE" in os.environ
+    return not several or os.environ.get("RANK", "0") == "0"
 
 
 def run(args: Sequence[str]) -> None:
@@ -153,6 +155,7 @@ def search(
     queries: Pictures,
     gallery: Path,
     output: Maybe = None,
+    root: Place = None,
     top: int = 10,
     max_distance: float = 2.0,
     same_camera: Literal["keep", "drop"] = "keep",
@@ -167,6 +170,7 @@ def search(
         gallery: Where to search: a folder, a manifest (.csv), or the .npz file of o2cap
             embed.
         output: Also draw the ranked lists (.png), or write them (.json, .csv).
+        root: Where the pictures of an .npz file lie now.
         top: Matches of a query at most.
         max_distance: Largest cosine distance of a match, from 0 to 2.
         same_camera: drop leaves out what the query's own camera saw.
@@ -177,7 +181,10 @@ def search(
     _check(output, ".png", ".json", ".csv")
     chosen: dict[str, Any] = {"max_distance": max_distance, "same_camera": same_camera}
     chosen |= {"top": top, "rerank": bool(rerank), **asdict(how)}
-    found = inference.search(run, queries, gallery, **chosen)
+    there: Any = gallery
+    if root is not None:
+        there = inference.load_embedding(gallery).moved(root)
+    found = inference.search(run, queries, there, **chosen)
     if output is not None:
         found.save(output)
     for record in found.records():
@@ -243,16 +250,22 @@ def _check(path: Path | None, *suffixes: str, option: str = "--output") -> None:
         check_writable(path)
 
 
-def report(run: Run, device: str = "auto") -> None:
+def report(run: Run, root: Place = None, device: str = "auto") -> None:
     """Write one page about a run, RUN/report.html. Prints its path.
 
     Args:
         run: Run directory.
+        root: Where the run's data set lies now.
         device: auto, cpu, cuda, mps.
     """
+    from o2cap.config import load
+    from o2cap.data import load_configured
     from o2cap_book.report import report as write_report
 
-    print(write_report(run, device=device))
+    moved = None
+    if root is not None:
+        moved = load_configured(replace(load(run / "config.yaml"), root=root))
+    print(write_report(run, moved, device=device))
 
 
 def sheet(name: Name, output: Out, root: Place = None, split: Split = "train") -> None:

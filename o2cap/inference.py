@@ -54,6 +54,12 @@ class Embedding:
     features: Tensor
     model: str
 
+    def moved(self, root: Path) -> Embedding:
+        """Return the same features of pictures that lie below `root` now."""
+        old = os.path.commonpath([path.parent for path in self.images.paths])
+        paths = [root / path.relative_to(old) for path in self.images.paths]
+        return replace(self, images=replace(self.images, paths=paths))
+
     def save(self, path: Path) -> None:
         """Write an .npz file: a row a picture, and the fingerprint ``model``.
 
@@ -91,7 +97,8 @@ def load_embedding(path: Path) -> Embedding:
         features = torch.from_numpy(columns["features"]).float()
         camids = torch.from_numpy(columns["camids"])
         images = ImageSet([Path(path) for path in paths], camids, None, *names)
-        if features.shape[:-1] != camids.shape or not features.isfinite().all():
+        unit = (features.norm(dim=-1) - 1).abs() < 1e-3  # False where not finite
+        if features.shape[:-1] != camids.shape or not unit.all():
             raise ValueError("its columns have other shapes or values")
     except Exception as error:  # numpy raises many kinds on damaged files
         raise InputError(

@@ -90,9 +90,11 @@ def one_sentence(err: str) -> str:
 
 
 def test_the_program_answers_at_once(o2cap_: Command) -> None:
-    """In a process of its own, help and refusals wait for no import of torch."""
-    words = [sys.executable, "-X", "importtime", "-m", "o2cap", "train", "--help"]
-    said = subprocess.run(words, capture_output=True, text=True)
+    """As it is installed: help and refusals wait for no import of torch."""
+    program = Path(sys.executable).with_name("o2cap")
+    environment = os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}
+    words = [program, "train", "--help"]
+    said = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert said.returncode == 0 and "usage: o2cap train" in said.stdout
     imported = {line.rpartition("|")[2].strip() for line in said.stderr.splitlines()}
     assert "tyro" in imported and not imported & {"torch", "pandas", "o2cap_book"}
@@ -427,6 +429,39 @@ def test_evaluate_refuses_what_is_not_the_runs(
     assert (code, out) == (2, "") and "other pictures" in one_sentence(err)
 
 
+def test_moved_pictures_are_found_where_they_lie_now(
+    run: Path, folder: Path, tmp_path: Path, o2cap_: Command
+) -> None:
+    old, new, features = tmp_path / "old", tmp_path / "new", tmp_path / "f.npz"
+    shutil.copytree(folder, old)
+    assert o2cap_("embed", run, old / "pictures", "-o", features)[0] == 0
+    old.rename(new)
+    words = ("search", run, new / "pictures/007.png", "--gallery", features)
+    words = (*words, "-o", tmp_path / "ranked.png")
+    code, _, err = o2cap_(*words)
+    assert code == 2 and str(old) in one_sentence(err)
+    code, out, _ = o2cap_(*words, "--root", new / "pictures")
+    assert code == 0 and str(new / "pictures") in out and str(old) not in out
+
+    mine = Path(shutil.copytree(run, tmp_path / "run"))
+    text = (mine / "config.yaml").read_text()
+    (mine / "config.yaml").write_text(text.replace(str(folder), str(old)))
+    pages = []
+    for more in ((), ("--root", new / "manifest.csv")):
+        assert o2cap_("report", mine, *more)[0] == 0
+        pages.append((mine / "report.html").read_text())
+    assert str(old / "manifest.csv") in pages[0] and len(pages[1]) > 2 * len(pages[0])
+
+
+def test_a_process_speaks_unless_it_is_another_of_several(
+    o2cap_: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert "no run directory" in o2cap_("evaluate", "nowhere")[2]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert o2cap_("evaluate", "nowhere") == (2, "", "")
+
+
 def test_embed_then_search_and_cluster(
     run: Path, folder: Path, tmp_path: Path, o2cap_: Command
 ) -> None:
@@ -666,12 +701,3 @@ def test_closed_streams_are_no_fault(
         monkeypatch.setattr(sys, name, None)
         assert main(["evaluate", str(tmp_path)]) == 2
     assert capsys.readouterr() == ("", "")
-
-
-def test_standard_output_is_for_scripts(run: Path) -> None:
-    """A process of its own, through the installed program."""
-    program = Path(sys.executable).with_name("o2cap")
-    words = [program, "evaluate", run]
-    ended = subprocess.run(words, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    assert json.loads(ended.stdout)["mAP"] == lines(run)[-1]["mAP"]
