@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import o2cap
-from o2cap.config import STYLE, Config, SyntheticConfig, starting_point
+from o2cap.config import STYLE, Config, SyntheticConfig, load, starting_point
 from o2cap.errors import InputError
 from o2cap.files import check_writable, read_json, replacing, write_csv
 
@@ -258,7 +258,6 @@ def report(run: Run, root: Place = None, device: str = "auto") -> None:
         root: Where the run's data set lies now.
         device: auto, cpu, cuda, mps.
     """
-    from o2cap.config import load
     from o2cap.data import load_configured
     from o2cap_book.report import report as write_report
 

@@ -562,7 +562,7 @@ def test_report_is_the_python_call(
 ) -> None:
     asked: list[tuple[Path, str]] = []
 
-    def report(run: Path, *, device: str) -> Path:
+    def report(run: Path, dataset: None, *, device: str) -> Path:
         asked.append((run, device))
         return run / "report.html"
 
