@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import lines as counter
 import nbformat
 import pytest
 import yaml
@@ -357,3 +358,14 @@ def test_the_method_needs_nothing_of_the_book() -> None:
                 if getattr(part, "name", None) not in ("report", "reproduce")
             ]
         assert not imports(module) & {"o2cap_book", "matplotlib", "umap"}, path
+
+
+def test_every_room_keeps_its_budget() -> None:
+    """Within a tenth; `python tests/lines.py` prints them all."""
+    found = counter.rooms()
+    for name, budget in counter.BUDGETS.items():
+        assert found[name] <= 1.1 * budget, name
+    unknown = {n for n in found if n not in counter.BUDGETS and found[n] > 20}
+    assert all(name.startswith("o2cap_book/") for name in unknown)
+    for package, count in counter.totals(found).items():
+        assert count <= 1.1 * counter.TOTALS[package]
