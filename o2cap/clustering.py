@@ -20,7 +20,7 @@ import numba
 import numpy as np
 import torch
 from numba import prange
-from scipy.sparse import csr_array
+from scipy.sparse import coo_array, csr_array, eye_array
 from torch import Tensor
 
 from o2cap.neighbours import nearest_neighbours, pair_similarity
@@ -85,7 +85,6 @@ def jaccard_distance(
     n = len(features)
     if not 1 <= k2 <= k1:
         raise ValueError(f"k2 must be from 1 to k1, got k1={k1} and k2={k2}")
-    _check_limit(max_distance)
     half = min(round(k1 / 2) + 1, n)  # Python rounds half to even, as numpy does
     k1, k2 = min(k1, n), min(k2, n)
     if neighbours is None:
@@ -157,7 +156,6 @@ def camera_aware_jaccard(
             "k1_intra, k1_inter, k2_intra and k2_inter must be at least 1, and each k2 "
             f"at most k1 + 1; got {k1_intra}, {k1_inter}, {k2_intra} and {k2_inter}"
         )
-    _check_limit(max_distance)
     if neighbours is None:
         neighbours = camera_neighbours(features, camids, k1_intra, k1_inter)
     similarity, index = _checked(neighbours, n, intra + inter, nobody=True)
@@ -249,11 +247,6 @@ def dbscan(distance: csr_array, eps: float = 0.5, min_samples: int = 4) -> Tenso
     return torch.from_numpy(found.labels_.astype(np.int64))
 
 
-def _check_limit(max_distance: float) -> None:
-    if not 0 <= max_distance <= 1:
-        raise ValueError(f"max_distance must be from 0 to 1, got {max_distance}")
-
-
 def _checked(
     neighbours: tuple[Tensor, Tensor], n: int, k: int, nobody: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -290,10 +283,8 @@ def _weights(
     new = brought > own.astype(bool)  # what is not there already
     new.sort_indices()
     features = features.detach().float().contiguous()
-    place = (
-        torch.from_numpy(x).long().to(features.device)
-        for x in (new.indptr, new.indices)
-    )
+    place = (torch.from_numpy(x).long() for x in (new.indptr, new.indices))
+    place = (x.to(features.device) for x in place)
     data = _weight(pair_similarity(features, features, *place).cpu().numpy())
     return _softmax(own + csr_array((data, new.indices, new.indptr), shape=new.shape))
 
@@ -315,10 +306,8 @@ def _expand_queries(weights: csr_array, index: np.ndarray) -> csr_array:
     """Mean of V over some neighbours [N, k2], none where −1: float32 [N, N]."""
     there = index >= 0
     mean = _members(index, there, there.astype(np.float64)) @ weights
-    data = mean.data / np.repeat(there.sum(1), np.diff(mean.indptr))
-    return csr_array(
-        (data.astype(np.float32), mean.indices, mean.indptr), shape=weights.shape
-    )
+    mean.data /= np.repeat(there.sum(1), np.diff(mean.indptr))
+    return mean.astype(np.float32)
 
 
 def _jaccard(weights: csr_array, max_distance: float) -> csr_array:
@@ -326,13 +315,20 @@ def _jaccard(weights: csr_array, max_distance: float) -> csr_array:
     n, columns = weights.shape[0], weights.tocsc()
     v = weights.indptr, weights.indices, weights.data
     c = columns.indptr, columns.indices, columns.data
-    limit = round(max_distance * _GRID) / _GRID
-    start = np.zeros(n + 1, np.int64)
-    indices, data = np.empty(0, np.int32), np.empty(0, np.float32)  # first count
-    start[1:] = np.cumsum(_overlap(*v, *c, limit, start, indices, data))
-    indices, data = np.empty(start[-1], np.int32), np.empty(start[-1], np.float32)
-    _overlap(*v, *c, limit, start, indices, data)
-    return csr_array((data, indices, start), shape=(n, n))
+    limit, room = round(max_distance * _GRID) / _GRID, 32 * (n // _BLOCKS + 1)
+    while True:  # once more with enough room, where it was too little
+        pairs = np.empty((2, _BLOCKS, room), np.int32)
+        data = np.empty((_BLOCKS, room), np.float32)
+        size = _overlap(*v, *c, limit, pairs, data)
+        if size.max() <= room:
+            break
+        room = size.max()
+    # Plus 1 (which is exact), so that adding matrices keeps the zeros.
+    there = np.arange(room) < size[:, None]
+    upper = coo_array((data[there] + 1, (*pairs[:, there],)), shape=(n, n)).tocsr()
+    both = upper + upper.T + eye_array(n, dtype=np.float32, format="csr")
+    both.data -= 1
+    return both
 
 
 # ------------------------------------------------------------------------ kernels
@@ -366,21 +362,25 @@ def _trusted(index, full, halves):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, parallel=True)
 def _overlap(  # type: ignore[no-untyped-def]
-    v_start, v_column, v, c_start, c_row, c, limit, start, indices, data
+    v_start, v_column, v, c_start, c_row, c, limit, pairs, data
 ):
-    """Entries of every row of the distance, from `start` on; and how many they are.
+    """Find the distances up to a limit of all rows i < j, and how many each block has.
 
-    V comes by rows (v) and by columns (c). Without room in `indices` it only counts.
+    V comes by rows (v) and by columns (c, their rows ascending). What a block has no
+    room for is only counted.
     """
     n = len(v_start) - 1
-    size = np.zeros(n, np.int64)
-    for block in prange(_BLOCKS):
-        shared, met = np.zeros(n), np.empty(n, np.int32)
-        for i in range(block, n, _BLOCKS):
+    blocks, room = data.shape
+    size = np.zeros(blocks, np.int64)
+    for block in prange(blocks):
+        shared, met, found = np.zeros(n), np.empty(n, np.int32), 0
+        for i in range(block, n, blocks):
             count = 0
             for p in range(v_start[i], v_start[i + 1]):
-                for q in range(c_start[v_column[p]], c_start[v_column[p] + 1]):
+                for q in range(c_start[v_column[p] + 1] - 1, -1, -1):
                     j = c_row[q]
+                    if j <= i:  # i is in the column, which ends here at the latest
+                        break
                     if shared[j] == 0:  # weights are positive
                         met[count] = j
                         count += 1
@@ -390,8 +390,9 @@ def _overlap(  # type: ignore[no-untyped-def]
                 shared[j] = 0
                 distance = max(0.0, np.round(distance * _GRID) / _GRID)
                 if distance <= limit:
-                    if len(indices):
-                        indices[start[i] + size[i]] = j
-                        data[start[i] + size[i]] = distance
-                    size[i] += 1
+                    if found < room:
+                        pairs[0, block, found], pairs[1, block, found] = i, j
+                        data[block, found] = distance
+                    found += 1
+        size[block] = found
     return size

@@ -170,8 +170,6 @@ def test_settings_out_of_range_are_refused():
     for k1, k2 in ((20, 21), (20, 0), (0, 0)):
         with pytest.raises(ValueError, match="k2 must be"):
             jaccard_distance(f, k1, k2)
-    with pytest.raises(ValueError, match="max_distance"):
-        jaccard_distance(f, max_distance=1.5)
 
 
 @given(seed=st.integers(0, 10**6), n=st.integers(2, 90))
@@ -403,8 +401,6 @@ def test_bad_lengths_of_camera_lists_are_refused():
             camera_aware_jaccard(f, camids, **{name: 0})
     with pytest.raises(ValueError, match="at most k1"):
         camera_aware_jaccard(f, camids, k2_inter=22)
-    with pytest.raises(ValueError, match="max_distance"):
-        camera_aware_jaccard(f, camids, max_distance=-1)
 
 
 # ------------------------------------------------------------------------ DBSCAN
