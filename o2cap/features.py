@@ -18,6 +18,7 @@ from o2cap.data.loading import decode
 from o2cap.data.transforms import normalise
 from o2cap.device import Hardware
 from o2cap.errors import TrainingError
+from o2cap.proxies import check_cameras
 
 
 def autocast(
@@ -137,7 +138,7 @@ def standardise_by_camera(features: Tensor, camids: Tensor) -> Tensor:
     ``f̂_i = (f_i − mean of camera c_i) / (s.d. of camera c_i)``, per dimension, then
     divided by its length (arXiv 2502.10195; beyond the paper). A dimension in which a
     camera does not vary becomes 0 there, so the only picture of a camera becomes the
-    zero vector: similar to nothing, and an outlier of every clustering.
+    zero vector: similar to nothing, and hardly ever in a cluster.
 
     Parameters
     ----------
@@ -146,8 +147,14 @@ def standardise_by_camera(features: Tensor, camids: Tensor) -> Tensor:
     camids : LongTensor [N]
         Camera of each picture.
 
+    Raises
+    ------
+    ValueError
+        For camids that do not fit.
+
     Book: :eq:`standardise_by_camera`
     """
+    check_cameras(camids, len(features))
     _, camera = camids.to(features.device).unique(return_inverse=True)
     count = camera.bincount()[:, None]
     zeros = features.new_zeros(len(count), features.shape[1])

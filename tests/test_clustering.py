@@ -15,6 +15,7 @@ from o2cap.clustering import (
     dbscan,
     jaccard_distance,
 )
+from o2cap.features import standardise_by_camera
 from o2cap.neighbours import nearest_neighbours
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -390,8 +391,9 @@ def test_camera_lists_are_what_the_distance_searches():
     "bad", [torch.arange(29), torch.arange(30) - 1, torch.arange(30) / 2]
 )
 def test_bad_cameras_are_refused(bad):
-    with pytest.raises(ValueError, match="camids must be 30 whole numbers"):
-        camera_aware_jaccard(crowd(30), bad)
+    for function in (camera_aware_jaccard, standardise_by_camera):
+        with pytest.raises(ValueError, match="camids must be 30 whole numbers"):
+            function(crowd(30), bad)
 
 
 def test_bad_lengths_of_camera_lists_are_refused():
