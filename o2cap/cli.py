@@ -1,4 +1,4 @@
-"""The commands. Each is the Python call of the same name.
+"""The commands.
 
 What people read goes to standard error; standard output holds what a script wants:
 the run directory, a path, or JSON. Of several processes that torchrun starts, the first
@@ -24,8 +24,7 @@ from o2cap.files import check_writable, read_json, replacing, write_csv
 
 
 def speaks() -> bool:
-    """Say whether this process is the one that talks to the user."""
-    """Whether this process, of those that torchrun starts, speaks for all."""
+    """Say whether this process, of those that torchrun starts, speaks for all."""
     several = "WORLD_SIZE" in os.environ
     return not several or os.environ.get("RANK", "0") == "0"
 

@@ -367,14 +367,21 @@ def starting_point(args: Sequence[str]) -> Config:
     """Return the settings that the options of `args` change.
 
     Those of `--preset`; without it, of the preset with the data set's name, or of
-    ``own`` for a manifest or folders.
+    ``own`` for a manifest or folders; without either, of the run that `--from` names.
     """
 
-    def base(preset: str | None = None, dataset: str = "synthetic") -> str:
-        return preset or (dataset if dataset in PRESETS else "own")
+    @dataclass
+    class Base:
+        preset: str = ""
+        dataset: str = ""
+        weights: Annotated[str, tyro.conf.arg(aliases=("--from",))] = ""
 
-    name, _ = tyro.cli(base, args=args, add_help=False, return_unknown_args=True)
-    return preset(name)
+    base, _ = tyro.cli(Base, args=args, add_help=False, return_unknown_args=True)
+    before = Path(base.weights, "config.yaml")
+    if base.weights and not base.preset + base.dataset and before.is_file():
+        return replace(load(before), output=None)
+    dataset = base.dataset or "synthetic"
+    return preset(base.preset or (dataset if dataset in PRESETS else "own"))
 
 
 def load(path: Path) -> Config:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -108,6 +109,8 @@ def train(
         hardware = Hardware.choose(config)
         with hardware.in_force(config):
             learner, evaluator, pids = prepare(run, hardware, dataset, facts)
+            if labels is not None and len(labels) != len(learner.images):
+                raise InputError("Some pictures with pseudo_labels cannot be read.")
             warm_start(learner, run)
             if run.before is None:
                 run.before = evaluator.record(learner.model)
@@ -170,8 +173,10 @@ def train_epoch(
     ----------
     learner : Learner
         The network and its pictures.
-    memory, proxies
-        On the device, and on the CPU.
+    memory : ProxyMemory
+        On the device.
+    proxies : CameraProxies
+        On the CPU.
     epoch : int
         Counted from 0; decides the learning rate and the random numbers.
 
@@ -184,26 +189,28 @@ def train_epoch(
     generator = learner.begin("train", epoch, learning_rate(config, epoch))
     number = min(config.batch.proxies, len(proxies))
     # Of several processes each needs two pictures at least, for its batch norms.
-    images = max(config.batch.images, -(-2 * distributed.size() // number))
+    least = math.ceil(2 * distributed.size() / number)
+    together = max(config.batch.images, least)
     batches = proxy_batches(
-        proxies.label, config.iterations, generator, proxies=number, images=images
+        proxies.label, config.iterations, generator, proxies=number, images=together
     )
     there = proxies.to(learner.hardware.device)
     proxy = there.label[batches.to(learner.hardware.device)]
     for own, pictures in zip(proxy, learner.pictures(batches, generator), strict=True):
         anchors = learner.embed(pictures)
         learner.step(method_losses(config, anchors, own, memory, there))
-        memory.update(anchors.detach(), own, images)
+        memory.update(anchors.detach(), own, together)
     visited = int(proxies.label[batches].unique().numel())
     return learner.end() | {"proxies": len(proxies), "proxies_visited": visited}
 
 
 def warm_start(learner: Learner, run: RunDirectory) -> None:
-    """Go on from where the run was left, or from random weights without labels.
+    """Take up the checkpoint, if there is one; from random weights, warm up first.
 
-    Every batch holds different pictures, each twice, changed at random, and a view
-    must find the other view of its picture (:func:`o2cap.losses.instance_loss`). It
-    stands in for pretrained weights, which not everybody can download.
+    The epochs of a warm start count below 0, up to −1. Every batch holds different
+    pictures, each twice, changed at random, and a view must find the other view of its
+    picture (:func:`o2cap.losses.instance_loss`). It stands in for pretrained weights,
+    which not everybody can download.
     """
     config, settings = learner.config, learner.config.warm_start
     state = run.restore()

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -427,6 +428,19 @@ def test_evaluate_refuses_what_is_not_the_runs(
     trainer.train(config, data)
     code, out, err = o2cap_("evaluate", tmp_path / "run")
     assert (code, out) == (2, "") and "other pictures" in one_sentence(err)
+
+
+def test_a_new_schedule_sets_out_from_a_finished_run(
+    run: Path, tmp_path: Path, o2cap_: Command
+) -> None:
+    new = tmp_path / "new"
+    code, _, err = o2cap_("train", "--from", run, "--epochs", 1, "--output", new)
+    assert code == 0 and f"from weights {run}" in err
+    before, after = (load(path / "config.yaml") for path in (run, new))
+    changed = {"epochs": 1, "weights": str(run), "output": new}
+    assert after == replace(before, **changed)
+    start, model = new / "start.safetensors", run / "model.safetensors"
+    assert start.read_bytes() == model.read_bytes()
 
 
 def test_moved_pictures_are_found_where_they_lie_now(
