@@ -60,20 +60,26 @@ def jaccard_distance(
 
     Parameters
     ----------
-    features : float32 [N, D], L2-normalised, on any device
-    k1 : size of the neighbour sets, the image itself included
-    k2 : neighbours averaged by the local query expansion, ``1 <= k2 <= k1``
-    neighbours : similarity and index, each [N, >= min(k1, N)], as found by
-        `nearest_neighbours` (which is called without it)
-    max_distance : leave larger distances out, in [0, 1]. DBSCAN asks for none above
-        its eps, and where neighbourhoods are loose (features of an untrained
-        network) most of the thousands of entries of a row lie between eps and 1.
+    features : FloatTensor [N, D]
+        L2-normalised, on any device.
+    k1 : int
+        Size of the neighbour sets, the image itself included.
+    k2 : int
+        Neighbours averaged by the local query expansion, from 1 to `k1`.
+    neighbours : tuple of Tensor, optional
+        Similarity and index, each [N, >= min(k1, N)], as found by
+        :func:`~o2cap.neighbours.nearest_neighbours` (which is called without).
+    max_distance : float
+        Leave larger distances out. DBSCAN asks for none above its eps, and where
+        neighbourhoods are loose (features of an untrained network) most of the
+        thousands of entries of a row lie between eps and 1.
 
     Returns
     -------
-    csr_array, float32 [N, N], symmetric, on the CPU
-        A missing entry means distance 1 (or anything above ``max_distance``). Zeros
-        (the diagonal, identical images) are stored.
+    csr_array
+        float32 [N, N], symmetric, on the CPU. A missing entry means distance 1 (or
+        anything above `max_distance`). Zeros (the diagonal, identical images) are
+        stored.
 
     Raises
     ------

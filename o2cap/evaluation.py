@@ -87,10 +87,12 @@ def evaluate_retrieval(
 
     Parameters
     ----------
-    query_features, gallery_features : float32 [Q, D] and [G, D], L2-normalised, on
-        one device
-    query_pids, query_camids : int64 [Q]
-    gallery_pids, gallery_camids : int64 [G]
+    query_features, gallery_features : FloatTensor [Q, D] and [G, D]
+        L2-normalised, on one device.
+    query_pids, query_camids : LongTensor [Q]
+        Identity and camera of each query; a negative identity is unknown.
+    gallery_pids, gallery_camids : LongTensor [G]
+        The same of the gallery.
     distances : iterable of FloatTensor [B, G], optional
         Rank by these instead, blocks in the order of the queries: see
         :func:`o2cap.reranking.rerank`.
@@ -164,9 +166,12 @@ def clustering_quality(
 
     Parameters
     ----------
-    clusters : int64 [N], -1 for outliers
-    pids : int64 [N], negative where unknown (such images do not count in the scores)
-    camids : int64 [N], optional
+    clusters : LongTensor [N]
+        Pseudo labels, −1 for outliers.
+    pids : LongTensor [N]
+        Identities, negative where unknown: such images do not count in the scores.
+    camids : LongTensor [N], optional
+        Cameras, of which the mean number per cluster is then told.
 
     Book: :eq:`clustering_quality`
     """
