@@ -434,8 +434,8 @@ def test_a_new_schedule_sets_out_from_a_finished_run(
     run: Path, tmp_path: Path, o2cap_: Command
 ) -> None:
     new = tmp_path / "new"
-    code, _, err = o2cap_("train", "--from", run, "--epochs", 1, "--output", new)
-    assert code == 0 and f"from weights {run}" in err
+    code, _, _ = o2cap_("train", "--from", run, "--epochs", 1, "--output", new)
+    assert code == 0
     before, after = (load(path / "config.yaml") for path in (run, new))
     changed = {"epochs": 1, "weights": str(run), "output": new}
     assert after == replace(before, **changed)
