@@ -184,7 +184,7 @@ def measure(arguments: Arguments, batch: int, n_proxies: int) -> dict[str, float
             "product": lambda: detached @ centroids.T,
             "ours": lambda: forward_backward(ours),
             "loops": lambda: forward_backward(loops),
-            "update": lambda: memory.update(detached, proxy),
+            "update": lambda: memory.update(detached, proxy, 4),
             "loop_update": lambda: loop_update(copy, detached, proxy),
         },
         arguments.repeats,
@@ -216,7 +216,7 @@ def measure_large(arguments: Arguments) -> dict[str, float]:
     times = cpu_times(
         {
             "ours": step,
-            "update": lambda: memory.update(detached, proxy),
+            "update": lambda: memory.update(detached, proxy, 4),
             "loop_update": lambda: loop_update(copy, detached, proxy),
         },
         3,
