@@ -150,6 +150,8 @@ def camera_aware_jaccard(
     ------
     ValueError
         For no features, camids that do not fit, or a setting out of range.
+
+    Book: :eq:`camera_aware_jaccard`
     """
     n, intra, inter = len(features), k1_intra + 1, k1_inter + 1
     check_cameras(camids, n)
@@ -275,7 +277,6 @@ def _members(index: np.ndarray, mask: np.ndarray, data: np.ndarray) -> csr_array
     return csr_array((data[mask], index[mask], start), shape=(len(index), len(index)))
 
 
-@_threads_of_torch()
 def _weights(
     features: Tensor, similarity: np.ndarray, index: np.ndarray, half: int
 ) -> csr_array:

@@ -151,6 +151,8 @@ def standardise_by_camera(features: Tensor, camids: Tensor) -> Tensor:
     ------
     ValueError
         For camids that do not fit.
+
+    Book: :eq:`standardise_by_camera`
     """
     check_cameras(camids, len(features))
     _, camera = camids.to(features.device).unique(return_inverse=True)

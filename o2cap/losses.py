@@ -282,6 +282,8 @@ def camera_entropy_weights(proxy: Tensor, proxies: CameraProxies) -> Tensor:
     Returns
     -------
     FloatTensor [B]
+
+    Book: :eq:`camera_entropy_weights`
     """
     cluster = proxies.cluster[proxy]
     # Each cluster counts once: its anchors share it.

@@ -97,6 +97,8 @@ def drop_single_camera(clusters: Tensor, camids: Tensor) -> Tensor:
         Pseudo labels, −1 for outliers.
     camids : LongTensor [N]
         Camera of each image.
+
+    Book: :eq:`drop_single_camera`
     """
     proxies = split_by_camera(clusters, camids)
     seen, cameras = proxies.cluster.unique(return_counts=True)
