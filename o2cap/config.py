@@ -283,15 +283,8 @@ class Config(_Checked):
 # What a resumed run may change: where and how fast it goes, not what it computes
 # (another device or number of threads rounds differently, no more).
 NO_INFLUENCE = (
-    "preset",
-    "root",
-    "output",
-    "device",
-    "workers",
-    "threads",
-    "cuda_graphs",
-    "timeout",
-    "evaluate_every",
+    *("preset", "root", "output", "device", "workers", "threads", "cuda_graphs"),
+    *("timeout", "evaluate_every"),
 )
 
 _EMBEDDED = Config(
