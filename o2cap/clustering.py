@@ -277,6 +277,7 @@ def _members(index: np.ndarray, mask: np.ndarray, data: np.ndarray) -> csr_array
     return csr_array((data[mask], index[mask], start), shape=(len(index), len(index)))
 
 
+@_threads_of_torch()
 def _weights(
     features: Tensor, similarity: np.ndarray, index: np.ndarray, half: int
 ) -> csr_array:
