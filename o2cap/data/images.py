@@ -156,12 +156,14 @@ class ImageSet:
     grey_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        for column in (self.camids, self.pids, self.cameras, self.identities):
-            if column is not None and len(column) != len(self.paths):
+        n = len(self.paths)
+        for names in (self.cameras, self.identities):
+            if names is not None and len(names) != n:
                 raise ValueError("every column must be as long as there are paths")
         for numbers in (self.camids, self.pids):
-            if numbers is not None and numbers.dtype != torch.int64:
-                raise ValueError(f"camids and pids must be int64, not {numbers.dtype}")
+            right = torch.int64, (n,)
+            if numbers is not None and (numbers.dtype, numbers.shape) != right:
+                raise ValueError("camids and pids must be int64, one for each path")
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -79,6 +79,7 @@ def test_a_run_on_another_file_system_than_the_temporary_folder(
         assert outcome(here) == outcome(there)
         with replacing(Path(folder) / "x") as temporary:
             assert temporary.parent == Path(folder)
+            temporary.touch()
         moved = Path(shutil.move(there, tmp_path / "moved"))  # and used from there
         assert len(embed(moved, tmp_path / "pictures").features) == 78
 
