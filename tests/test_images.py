@@ -29,7 +29,7 @@ def test_columns_must_have_equal_length_and_be_int64() -> None:
         (two, None, ["a"]),
         (two, None, None, ""),
     ):
-        with pytest.raises(ValueError, match="one for each path|as long as"):
+        with pytest.raises(ValueError, match=r"one for each path|as long as"):
             ImageSet(paths, *columns)
     for columns in ((two.int(),), (two, two.float())):
         with pytest.raises(ValueError, match="must be int64"):
