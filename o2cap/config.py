@@ -157,7 +157,7 @@ class LossConfig(_Checked):
     reduction: Reduction = "camera_sum"
     """Sum over cameras of each camera's mean (the public code's), or plain mean."""
     camera_entropy: bool = False
-    """Weight a picture by 2 to the entropy of its cluster's cameras."""
+    """Weight a picture by e to the entropy (in bits) of its cluster's cameras."""
     spare_online_positives: bool = False
     """Offline association does not push away what online association pulls."""
 

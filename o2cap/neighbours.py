@@ -83,16 +83,20 @@ def nearest_neighbours(
     # One of the true k best is no more than one error worse than the coarse k-th, and
     # its coarse similarity may lie one more error lower.
     bar = coarse.topk(k).values[:, -1:] - 2 * error
-    true = exact(slice(None), candidates, coarse >= bar)
+    itself = candidates == own[:, None]
+    true = exact(slice(None), candidates, (coarse >= bar) | itself)
     similarity, index = _first(k, true, candidates, own)
 
     # In a crowd of near ties the last candidate, too, may be one of the k best, and so
-    # may others: there, all rows are looked at.
-    crowded = (coarse.amin(1) >= similarity[:, -1] - error).nonzero()[:, 0]
+    # may others; and a row of another length than 1 may be no candidate of its own:
+    # there, all rows are looked at.
+    crowded = coarse.amin(1) >= similarity[:, -1] - error
+    crowded = (crowded | ((own >= 0) & ~itself.any(1))).nonzero()[:, 0]
     for some in crowded.split(_ELEMENTS[device.type] // n + 1) if m < n else ():
         whole = product(some, slice(None))
         columns = torch.arange(n, device=device).expand_as(whole)
-        true = exact(some, columns, whole >= bar[some])
+        itself = columns == own[some, None]
+        true = exact(some, columns, (whole >= bar[some]) | itself)
         similarity[some], index[some] = _first(k, true, columns, own[some])
     return similarity, index
 

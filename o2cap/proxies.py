@@ -72,7 +72,7 @@ def split_by_camera(clusters: Tensor, camids: Tensor) -> CameraProxies:
 
     Raises
     ------
-    ValueError
+    IndexError
         When the two columns differ in length.
 
     Book: :eq:`split_by_camera`

@@ -252,10 +252,10 @@ def find_clusters(features: Tensor, camids: Tensor, config: Config) -> Tensor:
     settings = config.clustering
     if settings.standardise:
         features = standardise_by_camera(features, camids)
-    # DBSCAN asks for no distance above eps. With one camera there are no lists across
-    # cameras, so the plain distance serves.
-    eps = settings.eps
-    if settings.distance == "camera_aware" and len(camids.unique()) > 1:
+    # With one camera no list and no cluster reaches across cameras: the plain distance
+    # serves, and no cluster is dropped. DBSCAN asks for no distance above eps.
+    eps, several = settings.eps, len(camids.unique()) > 1
+    if settings.distance == "camera_aware" and several:
         names = ("k1_intra", "k1_inter", "k2_intra", "k2_inter")
         lengths: dict[str, Any] = {name: getattr(settings, name) for name in names}
         lengths["max_distance"] = eps
@@ -264,7 +264,7 @@ def find_clusters(features: Tensor, camids: Tensor, config: Config) -> Tensor:
         k1, k2 = settings.k1, settings.k2
         distance = jaccard_distance(features, k1, k2, max_distance=eps)
     clusters = dbscan(distance, eps, settings.min_samples)
-    if settings.drop_single_camera:
+    if settings.drop_single_camera and several:
         clusters = drop_single_camera(clusters, camids)
     return clusters
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,27 +25,9 @@ from o2cap_book import figures as viz
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def colour(pid: int, camid: int, k: int) -> tuple[int, int, int]:
-    return (20 + 40 * pid, 30 + 50 * camid, 40 + 60 * k)
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
-    """Plain pictures, each of its own colour: 4 identities, 3 cameras, 2 of each.
-
-    Identity 1 is never in camera 2.
-    """
-    folder = tmp_path_factory.mktemp("pictures")
-    rows = []
-    for pid in range(4):
-        for camid in range(3):
-            for k in range(2):
-                if (pid, camid) != (1, 2):
-                    path = folder / f"{pid}-{camid}-{k}.png"
-                    Image.new("RGB", (16, 32), colour(pid, camid, k)).save(path)
-                    rows.append((path, camid, pid))
-    paths, camids, pids = zip(*rows, strict=True)
-    return ImageSet(paths, torch.tensor(camids), torch.tensor(pids))
+    return tiny.coloured(tmp_path_factory.mktemp("pictures"))
 
 
 def test_figures_show_themselves_and_leave_settings_alone() -> None:

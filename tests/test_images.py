@@ -24,15 +24,13 @@ def test_columns_must_have_equal_length_and_be_int64() -> None:
     paths = [Path("a.jpg"), Path("b.jpg")]
     two = torch.zeros(2, dtype=torch.int64)
     for columns in (
-        (two[:1],),
-        (two, two[:1]),
         (two, None, ["a"]),
         (two, None, None, ""),
     ):
-        with pytest.raises(ValueError, match=r"one for each path|as long as"):
+        with pytest.raises(ValueError, match="as long as there are paths"):
             ImageSet(paths, *columns)
-    for columns in ((two.int(),), (two, two.float())):
-        with pytest.raises(ValueError, match="must be int64"):
+    for columns in ((two[:1],), (two, two[:1]), (two.int(),), (two, two.float())):
+        with pytest.raises(ValueError, match="must be int64, one for each path"):
             ImageSet(paths, *columns)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image, ImageColor
 
@@ -23,27 +24,12 @@ Colour = tuple[int, int, int]
 FRAMES = {ImageColor.getrgb(c): c for c in (GREEN, GREY, VERMILLION)}
 
 
-def colour(pid: int, camid: int, k: int = 0) -> Colour:
-    return (20 + 40 * pid, 30 + 50 * camid, 40 + 60 * k)
+colour = tiny.colour
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
-    """Plain pictures, each of its own colour: 4 identities, 3 cameras, 2 of each.
-
-    Identity 1 is never in camera 2.
-    """
-    folder = tmp_path_factory.mktemp("pictures")
-    rows = []
-    for pid in range(4):
-        for camid in range(3):
-            for k in range(2):
-                if (pid, camid) != (1, 2):
-                    path = folder / f"{pid}-{camid}-{k}.png"
-                    Image.new("RGB", (16, 32), colour(pid, camid, k)).save(path)
-                    rows.append((path, camid, pid))
-    paths, camids, pids = zip(*rows, strict=True)
-    return ImageSet(paths, torch.tensor(camids), torch.tensor(pids))
+    return tiny.coloured(tmp_path_factory.mktemp("pictures"))
 
 
 def chosen(pictures: ImageSet, *pairs: tuple[int, int]) -> ImageSet:

@@ -624,7 +624,7 @@ def test_one_camera_is_said_once_and_trained_on(
     # With one camera the camera-aware distance is the plain one.
     features = torch.nn.functional.normalize(torch.randn(54, 8))
     config = tiny.config(tmp_path)
-    aware = replace(config.clustering, distance="camera_aware")
+    aware = replace(config.clustering, distance="camera_aware", drop_single_camera=True)
     found = [
         trainer.find_clusters(features, alone.train.camids, given)
         for given in (config, replace(config, clustering=aware))

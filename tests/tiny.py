@@ -125,3 +125,25 @@ def as_dataset(folder: Path, rows: list[dict[str, Any]]) -> ReIDDataset:
         )
 
     return ReIDDataset("tiny", part("train"), part("query"), part("gallery"))
+
+
+def colour(pid: int, camid: int, k: int = 0) -> tuple[int, int, int]:
+    """Return the colour of one of :func:`coloured`."""
+    return (20 + 40 * pid, 30 + 50 * camid, 40 + 60 * k)
+
+
+def coloured(folder: Path) -> ImageSet:
+    """Write plain pictures, each of its own colour: 4 identities, 3 cameras, 2 of each.
+
+    Identity 1 is never in camera 2.
+    """
+    rows = []
+    for pid in range(4):
+        for camid in range(3):
+            for k in range(2):
+                if (pid, camid) != (1, 2):
+                    path = folder / f"{pid}-{camid}-{k}.png"
+                    Image.new("RGB", (16, 32), colour(pid, camid, k)).save(path)
+                    rows.append((path, camid, pid))
+    paths, camids, pids = zip(*rows, strict=True)
+    return ImageSet(paths, torch.tensor(camids), torch.tensor(pids))
