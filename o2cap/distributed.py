@@ -3,8 +3,8 @@
 K processes compute what one would. All draw the same plan of an epoch; each takes its
 share of every batch through its copy of the network; the features of all are gathered,
 with their gradient; and each computes the loss of the whole batch and moves its copy of
-the memory in the order of the batch, so that the copies stay equal. Extraction and
-neighbour search are shared out by rows. The first process alone clusters, evaluates and
+the memory in the order of the batch, so that the copies stay equal. Extraction is
+shared out by rows. The first process alone clusters, evaluates and
 touches the run directory. Every process reads the pictures, which must lie where all
 of them see them.
 
