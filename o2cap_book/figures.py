@@ -311,7 +311,7 @@ def curves(
         low, high = ax.dataLim.intervaly
         ax.set_ylim(min(1.1 * low, 0), 1.1 * high if high > 0 else 1)
         ax.set(title=title, xlabel="epoch")
-        ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
     if len(runs) > 1:
         legend(fig, runs)
     return fig
@@ -373,7 +373,7 @@ def camera_spread(clusters: Mapping[str, Tensor], camids: Tensor) -> Figure:
         x = np.arange(len(number)) + 1 + (i - (len(clusters) - 1) / 2) * width
         style: Any = {"color": PALETTE[i], "hatch": HATCHES[i], "ec": "white"}
         ax.bar_label(ax.bar(x, number, width, label=name, **style), fontsize=10)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.set(xlabel="cameras in the cluster", ylabel="clusters (number)")
     ax.legend()
     return fig
