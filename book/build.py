@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -44,6 +45,12 @@ MATHJAX_SHA256 = (
     "1b9c0a1c44df864e915690558e72adb9cc5203360daefd385084ced3b6c64c09"
 )
 MATHJAX_CDN = f"https://cdn.jsdelivr.net/npm/{MATHJAX}/es5/tex-chtml.js"
+# What a fold holds, by a part of the cell's id.
+FOLDS = {
+    "parameters": "the parameters",
+    "check": "the check",
+    "solution": "the solution",
+}
 Record = dict[str, Any]  # what the status page tells about one execution
 
 
@@ -255,66 +262,94 @@ def fetch_mathjax(folder: Path) -> bool:
 
 def status_page(records: Mapping[str, Record]) -> str:
     """Return Markdown: when, where and for how long each chapter ran."""
-    columns = ["seconds", "memory", "profile", "date", "machine"]
+    places = {
+        (r["profile"], r["machine"], r["date"]) for r in records.values()
+    }
+    where = [
+        f"- profile {profile}, on {machine}, {day}"
+        for profile, machine, day in sorted(places)
+    ]
     rows = [
-        f"| [](/{name}) | {' | '.join(str(record[c]) for c in columns)} |"
+        f"| [](/{name}) | {record['seconds']} | {record['memory']} |"
         for name, record in records.items()
     ]
-    head = "| chapter | run time (s) | peak memory (GiB) | profile | date |"
+    seconds = [record["seconds"] for record in records.values()]
+    most = max((record["memory"] for record in records.values()), default=0)
+    rows.append(f"| **sum, and peak** | **{sum(seconds)}** | **{most}** |")
     return (
         "# Status of the chapters\n\n"
-        "Written by the run that made these pages. Two chapters run at a "
-        "time, each with half the cores.\n\n"
-        f"{head} machine |\n|---|---:|---:|---|---|---|\n" + "\n".join(rows)
+        "Every chapter ran without an error before these pages were made. "
+        "Two chapters ran at a time, each with half the cores. A chapter "
+        "that trains the run shared by others takes longer than they do.\n\n"
+        "Where and when:\n\n" + "\n".join(where) + "\n\n"
+        "| chapter | run time (s) | peak memory (GiB) |\n|---|---:|---:|\n"
+        + "\n".join(rows)
     )
 
 
-def with_run_time(copy: Path, record: Record) -> str:
-    """Return an executed notebook's text with its run time in the head."""
+def with_head(copy: Path, record: Record) -> str:
+    """Return an executed notebook's text as its page shall have it.
+
+    The head tells the times and, where the drawing of the method names the
+    chapter, shows it with the chapter's box marked; folds say what they hold.
+    """
     notebook = nbformat.read(copy, as_version=4)
-    title = notebook.cells[0]
-    line = (
-        f"**Run time.** {record['seconds']} s and {record['memory']} GiB here "
-        f"({record['machine']}, profile {record['profile']}; runs that an "
-        "earlier chapter trained were there). {doc}`status` tells of all."
-    )
-    end = re.compile(r"\n:::$", re.MULTILINE)
-    title.source, ends = end.subn(f"\n\n{line}\n:::", title.source, count=1)
-    if not ends:
-        raise BookError(f"{copy.name}: its first cell has no admonition")
     # What papermill put in; the head tells the profile.
     notebook.cells = [
         cell
         for cell in notebook.cells
         if "injected-parameters" not in cell.metadata.get("tags", [])
     ]
+    prose = [c.source for c in notebook.cells if c.cell_type == "markdown"]
+    minutes = 5 * math.ceil(len(" ".join(prose).split()) / 180 / 5)
+    title = notebook.cells[0]
+    line = (
+        f"**Time.** About {minutes} minutes to read. To run: "
+        f"{record['seconds']} s and {record['memory']} GiB on this machine "
+        f"({record['machine']}, profile {record['profile']}), with the runs "
+        "of earlier chapters reused; see {doc}`status`."
+    )
+    end = re.compile(r"\n:::$", re.MULTILINE)
+    title.source, ends = end.subn(f"\n\n{line}\n:::", title.source, count=1)
+    if not ends:
+        raise BookError(f"{copy.name}: its first cell has no admonition")
+    drawing = (ROOT / "book/_static/pipeline.svg").read_text()
+    here = f'<a href="{copy.stem}.html"'
+    if here in drawing:
+        drawing = drawing.replace(here, f'{here} aria-current="page"')
+        drawing = f"\n\n```{{raw}} html\n{drawing}```\n"
+        title.source = title.source.replace("\n\n", drawing + "\n", 1)
+    for cell in notebook.cells:
+        if cell.id == "parameters":
+            cell.metadata["tags"] = ["parameters", "hide-input"]
+        for part, what in FOLDS.items():
+            if part in cell.id and cell.cell_type == "code":
+                cell.metadata.setdefault("mystnb", {}).update(
+                    code_prompt_show=f"Show {what}",
+                    code_prompt_hide=f"Hide {what}",
+                )
     return nbformat.writes(notebook)
 
 
 def exercises_page() -> str:
-    """Return Markdown: a link to every exercise, by chapter."""
+    """Return Markdown: a link to every exercise, by chapter and title."""
     lines = [
         "# Exercises\n",
-        "Each has a cell that checks your answer, and a solution to unfold.\n",
+        "Below each exercise are two folds: a check of your answer, and a "
+        "solution. The check says *Not yet solved* until you change the cell.",
     ]
+    exercise = re.compile(
+        r"^\((\S+-exercise-\d+)\)=\n+\*\*(?:\d+\. )?(.+?)\.?\*\*", re.MULTILINE
+    )
     for name in chapters():
         notebook = ROOT / f"{name}.ipynb"
         if not notebook.exists():
             continue
-        labels = re.compile(r"^\((\S+-exercise-\d+)\)=\n+(.+)", re.MULTILINE)
-        found = labels.findall(
-            "\n".join(
-                cell.source
-                for cell in nbformat.read(notebook, as_version=4).cells
-                if cell.cell_type == "markdown"
-            )
-        )
-        if found:
-            lines.append(f"\n{{doc}}`/{name}`\n")
-        for label, statement in found:
-            title = re.sub(r"^#+ *|\*\*|[`$]", "", statement)
-            title = re.split(r"(?<=[.?!]) ", title)[0]
-            lines.append(f"- [{title}](#{label})")
+        cells = nbformat.read(notebook, as_version=4).cells
+        text = "\n".join(c.source for c in cells if c.cell_type == "markdown")
+        if found := exercise.findall(text):
+            lines.append(f"\n**{{doc}}`/{name}`**\n")
+        lines += [f"- [{title}](#{label})" for label, title in found]
     return "\n".join(lines)
 
 
@@ -337,7 +372,7 @@ def stage(records: Mapping[str, Record]) -> Path:
     for name in chapters():
         if name in records:
             copy = BUILD / "executed" / f"{Path(name).name}.ipynb"
-            text = with_run_time(copy, records[name])
+            text = with_head(copy, records[name])
             (folder / f"{name}.ipynb").write_text(text)
         elif "/" not in name:  # CHANGELOG and the like
             shutil.copy(ROOT / f"{name}.md", folder)
