@@ -134,10 +134,11 @@ class Learner:
         """
         device, network = self.hardware.device, self.network
         if device.type == "cuda" and self.config.cuda_graphs and network is self.model:
-            if self.graph is None:
+            # All batches of an epoch have one shape, but not all epochs have the same.
+            if self.graph is None or self.graph[1] != pictures.shape:
+                self.graph = None  # its memory is free for the next one
                 self.graph = self.captured(pictures), pictures.shape
-            if self.graph[1] == pictures.shape:
-                network = self.graph[0]
+            network = self.graph[0]
         with autocast(device, self.hardware.precision):
             features = network(pictures)
         return distributed.gather(features, self.batches.shape[1])

@@ -913,7 +913,7 @@ def test_a_full_gpu_is_said_and_harms_nothing(
     assert outcome(half) == outcome(whole)
 
 
-def test_cuda_graphs_leave_the_statistics_alone_and_serve_one_shape(
+def test_cuda_graphs_leave_the_statistics_alone_and_serve_a_shape_each(
     data: ReIDDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The capture rehearses on the sample, in training mode."""
@@ -924,9 +924,10 @@ def test_cuda_graphs_leave_the_statistics_alone_and_serve_one_shape(
     learner = trainer.Learner(config, hardware, model, pixels, data.train)
     learner.begin("train", 0, 1e-3)
     learner.batches = torch.zeros(2, 8)
-    eager, called = torch.randn(8, 3, 32, 16), []
+    eager, called, made = torch.randn(8, 3, 32, 16), [], []
 
     def make(module: Any, sample: tuple[Tensor, ...]) -> Any:
+        made.append(len(*sample))
         for _ in range(3):
             module(*sample)
         return lambda pictures: called.append(len(pictures)) or module(pictures)
@@ -940,11 +941,12 @@ def test_cuda_graphs_leave_the_statistics_alone_and_serve_one_shape(
     on_gpu: Any = SimpleNamespace(device=SimpleNamespace(type="cuda"), precision="off")
     learner.hardware = on_gpu
     learner.embed(eager)
+    learner.embed(torch.randn(4, 3, 32, 16))  # as after the warm start
     learner.embed(torch.randn(4, 3, 32, 16))
-    assert called == [8]
+    assert called == [8, 4, 4] and made == [8, 4]
     learner.config = replace(config, cuda_graphs=False)
     learner.embed(eager)
-    assert called == [8]
+    assert called == [8, 4, 4]
 
 
 @pytest.mark.parametrize("theirs", [True, False])
