@@ -243,7 +243,7 @@ def embedding_map(
     labels = images.pids if labels is None else labels
     marks = {}
     if labels is not None:
-        marks[name] = labels, _most_seen(labels, images.camids, limit), 30
+        marks[name] = labels, most_seen(labels, images.camids, limit), 30
     marks["camera"] = images.camids, images.camids.unique().tolist(), 18
     kind = {"umap": "UMAP", "tsne": "t-SNE", "pca": "PCA"}[projection.method]
     place, trust = projection.coordinates, projection.trustworthiness
@@ -264,8 +264,18 @@ def embedding_map(
     return fig
 
 
-def _most_seen(labels: Tensor, camids: Tensor, limit: int) -> list[int]:
-    """Return the labels seen by most cameras, then with most pictures; sorted."""
+def most_seen(labels: Tensor, camids: Tensor, limit: int) -> list[int]:
+    """Return the labels seen by most cameras, then with most pictures; sorted.
+
+    The chapters take their example person so.
+
+    Parameters
+    ----------
+    labels, camids : LongTensor [N]
+        Identity or cluster of each picture, below 0 if unknown; and its camera.
+    limit : int
+        How many labels to return at most.
+    """
     pictures = pd.DataFrame({"label": labels.numpy(), "camera": camids.numpy()})
     known = pictures[pictures["label"] >= 0].groupby("label")["camera"]
     seen = known.agg(["nunique", "size"])
@@ -530,7 +540,7 @@ def cluster_replay(
     labels = images.pids if labels is None else labels
     assert labels is not None, "nobody knows the identities: give labels"
     pids = torch.full_like(labels, -1) if images.pids is None else images.pids
-    shown = _most_seen(labels, images.camids, limit)
+    shown = most_seen(labels, images.camids, limit)
     pictures = pd.DataFrame({"label": labels.numpy(), "camera": images.camids.numpy()})
     pictures = pictures[pictures["label"].isin(shown)].groupby(["label", "camera"])
     pictures = pictures.head(per_camera).sort_values(["label", "camera"])
