@@ -91,6 +91,7 @@ def evaluate(
     root: Place = None,
     same_camera: Literal["drop", "keep"] = "drop",
     rerank: _Flag = 0,
+    standardise: _Flag = 0,
     device: str = "auto",
     workers: int = 0,
 ) -> None:
@@ -103,6 +104,8 @@ def evaluate(
         same_camera: drop is the standard rule: no picture of the query's identity and
             camera counts; keep is for one camera.
         rerank: Also score the ranking by neighbourhoods (k-reciprocal re-ranking).
+        standardise: Also score features standardised by camera, over the whole test set
+            (transductive).
         device: auto, cpu, cuda, mps.
         workers: Threads that decode pictures; 0 means one a core.
     """
@@ -130,21 +133,31 @@ def evaluate(
         features = evaluator.features(model.to(hardware.device))
         (_, query), (_, gallery) = evaluator.decoded
         rule: dict[str, Any] = {"same_camera": same_camera, "rerank": bool(rerank)}
+        rule["standardise"] = bool(standardise)
         print(json.dumps(assess(query, gallery, *features, **rule)))
 
 
-def embed(run: Run, pictures: Pictures, output: Out, how: _How = How()) -> None:
+def embed(
+    run: Run,
+    pictures: Pictures,
+    output: Out,
+    standardise: _Flag = 0,
+    how: _How = How(),
+) -> None:
     """Compute features of pictures, for search and cluster. Prints the file.
 
     Args:
         run: Run directory.
         pictures: Files and folders, or one manifest (.csv).
         output: The .npz file to write: paths, features, camids, cameras, identities.
+        standardise: Standardise the features by camera, over all these pictures
+            (transductive), for other programs: search and cluster take plain ones.
     """
     from o2cap import inference
 
     _check(output, ".npz")
-    found = inference.embed(run, pictures, **asdict(how))
+    changed = bool(standardise)
+    found = inference.embed(run, pictures, standardise=changed, **asdict(how))
     found.save(output)
     print(output)
 
@@ -159,6 +172,7 @@ def search(
     max_distance: float = 2.0,
     same_camera: Literal["keep", "drop"] = "keep",
     rerank: _Flag = 0,
+    standardise: _Flag = 0,
     how: _How = How(),
 ) -> None:
     """Find the pictures most like others. Prints a JSON line for each query.
@@ -174,12 +188,15 @@ def search(
         max_distance: Largest cosine distance of a match, from 0 to 2.
         same_camera: drop leaves out what the query's own camera saw.
         rerank: Rank by neighbourhoods (k-reciprocal re-ranking).
+        standardise: Rank by features standardised by camera, over queries and gallery
+            (transductive); the distances stay the plain ones.
     """
     from o2cap import inference
 
     _check(output, ".png", ".json", ".csv")
     chosen: dict[str, Any] = {"max_distance": max_distance, "same_camera": same_camera}
     chosen |= {"top": top, "rerank": bool(rerank), **asdict(how)}
+    chosen["standardise"] = bool(standardise)
     there: Any = gallery
     if root is not None:
         there = inference.load_embedding(gallery).moved(root)

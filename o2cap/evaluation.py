@@ -20,7 +20,7 @@ from o2cap.data.images import ImageSet, ReIDDataset
 from o2cap.data.loading import decode
 from o2cap.device import Hardware
 from o2cap.errors import InputError
-from o2cap.features import extract_all
+from o2cap.features import extract_all, standardise_by_camera
 from o2cap.proxies import split_by_camera
 from o2cap.verification import verify_pairs
 
@@ -306,6 +306,7 @@ def assess(
     *,
     same_camera: Literal["drop", "keep"] = "drop",
     rerank: bool = False,
+    standardise: bool = False,
 ) -> dict[str, Any]:
     """Return all that is said of a model on a query and a gallery.
 
@@ -320,13 +321,18 @@ def assess(
         standard protocol does, or only the query's own picture.
     rerank : bool
         Also score the ranking by :func:`o2cap.reranking.rerank`.
+    standardise : bool
+        Also score features that :func:`o2cap.features.standardise_by_camera` changed.
+        They know the whole test set and its cameras (they are transductive), so their
+        metrics are no rivals of the plain ones.
 
     Returns
     -------
     dict
         Ranking metrics; under ``verification`` the figures of
-        :func:`o2cap.verification.verify_pairs`; with `rerank`, under ``reranked``, the
-        same ranking metrics again; and ``same_camera``.
+        :func:`o2cap.verification.verify_pairs`; with `rerank`, under ``reranked``, and
+        with `standardise`, under ``standardised_transductive``, the same ranking
+        metrics again; and ``same_camera``.
 
     Raises
     ------
@@ -349,6 +355,11 @@ def assess(
             *features, *labels, distances=reranking.rerank(*features)
         )
         record["reranked"] = again.record()
+    if standardise:
+        camids = torch.cat([query.camids, gallery.camids])
+        both = standardise_by_camera(torch.cat(features), camids)
+        again = evaluate_retrieval(both[: len(query)], both[len(query) :], *labels)
+        record["standardised_transductive"] = again.record()
     record["verification"] = asdict(verify_pairs(*features, *labels))
     return record
 

@@ -25,7 +25,7 @@ from o2cap.data.readers import name_layout
 from o2cap.data.transforms import MEAN, STD
 from o2cap.device import Hardware
 from o2cap.errors import InputError
-from o2cap.features import extract_all
+from o2cap.features import extract_all, standardise_by_camera
 from o2cap.files import read_json, replacing, write_csv
 from o2cap.run import load_model
 from o2cap.sheets import contact_sheet, ranked_lists
@@ -97,8 +97,9 @@ def load_embedding(path: Path) -> Embedding:
         features = torch.from_numpy(columns["features"]).float()
         camids = torch.from_numpy(columns["camids"])
         images = ImageSet([Path(path) for path in paths], camids, None, *names)
-        unit = (features.norm(dim=-1) - 1).abs() < 1e-3  # False where not finite
-        if features.shape[:-1] != camids.shape or not unit.all():
+        length = features.norm(dim=-1)  # standardised ones may be 0
+        right = ((length - 1).abs() < 1e-3) | (length == 0)  # False where not finite
+        if features.shape[:-1] != camids.shape or not right.all():
             raise ValueError("its columns have other shapes or values")
     except Exception as error:  # numpy raises many kinds on damaged files
         raise InputError(
@@ -114,6 +115,7 @@ def embed(
     run: Path,
     pictures: Pictures | ImageSet | Embedding,
     *,
+    standardise: bool = False,
     device: str = "auto",
     skip_unreadable: bool = False,
 ) -> Embedding:
@@ -128,6 +130,10 @@ def embed(
         the run was trained on keep their numbers. An .npz file of
         :meth:`Embedding.save`, or what that stands for, is embedded already, and only
         has to be of this model.
+    standardise : bool
+        Change the features by :func:`o2cap.features.standardise_by_camera`, for other
+        programs. They know all these pictures and their cameras (they are
+        transductive), can be compared with no others, and say so in `model`.
     device : str
         As the setting of the same name.
     skip_unreadable : bool
@@ -137,7 +143,8 @@ def embed(
     ------
     InputError
         For a directory that is no finished run, pictures that do not exist or cannot
-        be read, features of another model, or a device that is not here.
+        be read, features of another model, cameras that are not known where they are
+        needed, or a device that is not here.
     """
     config, model = load_model(run)
     facts = read_json(run / "environment.json")
@@ -148,8 +155,8 @@ def embed(
     if isinstance(source, Embedding):
         images = source.images
         if source.model != made_by:
-            said = f"{name} were made by another model than that of {run}"
-            raise InputError(f"{said}; embed the pictures again.")
+            said = f"{name} were made by another model than that of {run}, or changed"
+            raise InputError(f"{said} by --standardise; embed the pictures again.")
     elif isinstance(source, ImageSet):
         images = source
     else:
@@ -158,16 +165,33 @@ def embed(
     if facts.get("grey_range"):
         images = replace(images, grey_range=tuple(facts["grey_range"]))
     if isinstance(source, Embedding):
-        return replace(source, images=images)
-    if not len(images):
+        features = source.features
+    elif not len(images):
         raise InputError("There are no pictures to embed.")
-    hardware = Hardware.choose(replace(config, device=device))
-    with hardware.in_force(config):
-        how: Any = {"workers": config.workers, "skip_unreadable": skip_unreadable}
-        pixels, images = decode(images, config.height, config.width, **how)
-        model = model.to(hardware.device)
-        features = extract_all(model, pixels, config, hardware, progress=True)
+    else:
+        hardware = Hardware.choose(replace(config, device=device))
+        with hardware.in_force(config):
+            how: Any = {"workers": config.workers, "skip_unreadable": skip_unreadable}
+            pixels, images = decode(images, config.height, config.width, **how)
+            model = model.to(hardware.device)
+            features = extract_all(model, pixels, config, hardware, progress=True)
+    if standardise:
+        features = standardise_by_camera(features, _cameras("--standardise", images))
+        made_by += ", standardised by camera (transductive)"
     return Embedding(images, features.cpu(), made_by)
+
+
+def _cameras(needed_by: str, *sets: ImageSet) -> Tensor:
+    """Number all pictures' cameras by name, LongTensor; refuse unknown ones if needed.
+
+    `needed_by` is the option that needs them, or nothing.
+    """
+    names = [images.camera(i) for images in sets for i in range(len(images))]
+    if needed_by and "" in names:
+        path = [path for images in sets for path in images.paths][names.index("")]
+        said = f"{needed_by} needs the camera of {path}, which is unknown"
+        raise InputError(f"{said}; use folders like cam3, or a manifest (.csv).")
+    return torch.from_numpy(np.unique(names, return_inverse=True)[1])
 
 
 # ------------------------------------------------------------------------------ search
@@ -254,6 +278,7 @@ def search(
     max_distance: float = 2.0,
     same_camera: Literal["keep", "drop"] = "keep",
     rerank: bool = False,
+    standardise: bool = False,
     device: str = "auto",
     skip_unreadable: bool = False,
 ) -> Ranking:
@@ -277,36 +302,44 @@ def search(
     rerank : bool
         Rank by :func:`o2cap.reranking.rerank`, which looks at neighbourhoods; the
         distance of a match stays the cosine distance.
+    standardise : bool
+        Rank by features that :func:`o2cap.features.standardise_by_camera` changed,
+        over queries and gallery together: transductive, the ranks depend on all other
+        pictures. The distance of a match stays that of the plain features.
     device, skip_unreadable
         As in :func:`embed`.
 
     Raises
     ------
     InputError
-        As :func:`embed`; for a `top` below 1, features of another model, and cameras
-        that are not known where `same_camera` needs them.
+        As :func:`embed`; for a `top` below 1, and with `standardise` for a query that
+        is the only picture of its camera.
     """
     if top < 1:
         raise InputError(f"--top is {top}; it must be at least 1.")
     how: dict[str, Any] = {"device": device, "skip_unreadable": skip_unreadable}
     there, asked = embed(run, gallery, **how), embed(run, queries, **how)
     query, found, own = _labelled(asked.images, there.images)
-    names = [p.camera(i) for p in (query, found) for i in range(len(p))]
-    if same_camera == "drop" and "" in names:
-        path = [*query.paths, *found.paths][names.index("")]
-        said = f"--same-camera drop needs the camera of {path}, which is unknown"
-        raise InputError(f"{said}; use folders like cam3, or a manifest (.csv).")
-    camera = torch.from_numpy(np.unique(names, return_inverse=True)[1])
+    needed_by = "--same-camera drop" if same_camera == "drop" else ""
+    camera = _cameras("--standardise" if standardise else needed_by, query, found)
+    x, y = asked.features, there.features
+    if standardise:
+        both = standardise_by_camera(torch.cat([x, y]), camera)
+        x, y = both[: len(query)], both[len(query) :]
+        if len(alone := torch.where(~x.any(1))[0]):
+            said = f"--standardise needs more than {query.paths[int(alone[0])]}"
+            raise InputError(f"{said} of its camera.")
     if rerank:
-        blocks = reranking.rerank(asked.features, there.features)
+        blocks = reranking.rerank(x, y)
     else:
-        size = max(1, _BLOCK_ELEMENTS // len(found))
-        blocks = (1 - part @ there.features.T for part in asked.features.split(size))
+        blocks = (1 - p @ y.T for p in x.split(max(1, _BLOCK_ELEMENTS // len(y))))
     index, distance, start = [], [], 0
     for block in blocks:
         rows = slice(start, start + len(block))
         start += len(block)
-        cosine = 1 - asked.features[rows] @ there.features.T if rerank else block
+        cosine = block
+        if rerank or standardise:
+            cosine = 1 - asked.features[rows] @ there.features.T
         hidden = (cosine > max_distance) | (torch.arange(len(found)) == own[rows, None])
         if same_camera == "drop":
             hidden |= camera[rows, None] == camera[len(query) :]
@@ -404,6 +437,8 @@ def cluster(
     if eps is not None:
         config = replace(config, clustering=replace(config.clustering, eps=eps))
     found = embed(run, pictures, device=device, skip_unreadable=skip_unreadable)
+    if config.clustering.standardise or config.clustering.distance != "jaccard":
+        _cameras("The run's clustering", found.images)
     clusters = find_clusters(found.features, found.images.camids, config)
     return Clustering(found.images, clusters)
 

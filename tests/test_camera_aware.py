@@ -1,6 +1,7 @@
 """What goes beyond the paper: weights, negatives and features that know the cameras."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from o2cap.data.images import ImageSet
+from o2cap.evaluation import assess, evaluate_retrieval
 from o2cap.features import standardise_by_camera
 from o2cap.losses import camera_entropy_weights, offline_loss, online_positives, reduce
 from o2cap.proxies import ProxyMemory, drop_single_camera, split_by_camera
@@ -151,6 +154,23 @@ def test_a_camera_that_sees_one_thing_has_no_spread() -> None:
     features = F.normalize(torch.randn(1, 8)).expand(5, 8)
     found = standardise_by_camera(features, torch.zeros(5, dtype=torch.int64))
     assert not found.any()
+
+
+def test_the_transductive_score_stands_beside_the_plain_one() -> None:
+    x = F.normalize(torch.randn(30, 6))
+    pids, camids = torch.arange(30) % 5, torch.arange(30) // 5 % 3
+    paths = [Path(f"{i}.png") for i in range(30)]
+    whole = ImageSet(paths, camids, pids)
+    parts = torch.arange(10), torch.arange(10, 30)
+    sets = [whole.select(rows) for rows in parts]
+    plain, both = (
+        assess(*sets, x[:10], x[10:], standardise=given) for given in (False, True)
+    )
+    changed = standardise_by_camera(x, camids)  # queries and gallery as one set
+    labels = [column[rows] for column in (pids, camids) for rows in parts]
+    again = evaluate_retrieval(changed[:10], changed[10:], *labels)
+    assert both == plain | {"standardised_transductive": again.record()}
+    assert again.mAP != plain["mAP"]
 
 
 # ------------------------------------------------------------------------ the memory

@@ -390,10 +390,14 @@ def test_evaluate_repeats_the_last_epoch_exactly(run: Path, o2cap_: Command) -> 
     assert {name: said.pop(name) for name in names} == {n: final[n] for n in names}
     assert said.pop("same_camera") == "drop"
     assert 0 < said.pop("verification")["auc"] < 1 and not said
-    code, out, _ = o2cap_("evaluate", run, "--rerank", "--same-camera", "keep")
+    words = ("--rerank", "--standardise", "--same-camera", "keep")
+    code, out, _ = o2cap_("evaluate", run, *words)
     said = json.loads(out)
     assert code == 0 and said["same_camera"] == "keep"
-    assert set(names) == set(said["reranked"]) and said["reranked"] != said
+    scores = [{name: said[name] for name in names}]  # each under its own name
+    scores += [said["reranked"], said["standardised_transductive"]]
+    assert all(set(score) == set(names) for score in scores)
+    assert len({score["mAP"] for score in scores}) == 3
 
 
 def test_evaluate_on_another_data_set(
@@ -488,6 +492,14 @@ def test_embed_then_search_and_cluster(
         assert len(kept["paths"]) == 78
         assert np.array_equal(kept["features"], embedding.features.numpy())
 
+    changed = tmp_path / "changed.npz"
+    table = folder / "manifest.csv"  # says the cameras, which the folder does not
+    assert o2cap_("embed", run, table, "-o", changed, "--standardise")[0] == 0
+    one = inference.embed(run, table, standardise=True)
+    with np.load(changed, allow_pickle=False) as kept:
+        assert np.array_equal(kept["features"], one.features.numpy())
+        assert str(kept["model"]) == one.model != embedding.model
+
     query = pictures / "007.png"
     drawn = tmp_path / "ranked.png"
     words = ("search", run, query, "--top", 5, "--gallery")
@@ -534,6 +546,10 @@ def test_embed_then_search_and_cluster(
             "--top is 0",
         ),
         (("search", "{run}", "{one}", "--gallery", "{new}/f.npz"), "f.npz"),
+        (
+            ("search", "{run}", "{one}", "--gallery", "{pictures}", "--standardise"),
+            "--standardise needs the camera of",
+        ),
         (
             ("search", "{run}", "{one}", "--gallery", "{new}", "-o", "{new}/r.gif"),
             "must end in .png or .json or .csv",

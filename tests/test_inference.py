@@ -24,7 +24,7 @@ from o2cap.data.finding import find_pictures
 from o2cap.data.images import ImageSet
 from o2cap.data.loading import decode
 from o2cap.errors import InputError
-from o2cap.features import extract
+from o2cap.features import extract, standardise_by_camera
 from o2cap.inference import (
     Clustering,
     Embedding,
@@ -301,6 +301,39 @@ def test_search_by_neighbourhoods(run: Path, embedding: Embedding) -> None:
     assert torch.allclose(ranking.distance, cosine.gather(1, ranking.index), atol=1e-6)
 
 
+def test_features_standardised_by_camera_stay_apart_from_plain_ones(
+    run: Path, pictures: Path, embedding: Embedding, tmp_path: Path
+) -> None:
+    camids = embedding.images.camids
+    changed = embed(run, embedding, standardise=True)
+    expected = standardise_by_camera(embedding.features, camids)
+    assert torch.equal(changed.features, expected)
+    changed.save(tmp_path / "f.npz")
+    with pytest.raises(InputError, match=r"f\.npz were made .* by --standardise"):
+        search(run, pictures / "cam1/p2-0.png", tmp_path / "f.npz")
+
+    # Queries and gallery together have the statistics; the distance is the plain one.
+    few = torch.tensor([0, 20])
+    asked = search(run, embedding.images.select(few), embedding, standardise=True)
+    x, y = embedding.features[few], embedding.features
+    both = standardise_by_camera(torch.cat([x, y]), torch.cat([camids[few], camids]))
+    similarity = both[:2] @ both[2:].T
+    similarity[[0, 1], few] = -torch.inf
+    best = similarity.topk(10).values
+    assert torch.allclose(similarity.gather(1, asked.index), best, atol=1e-6)
+    assert torch.allclose(asked.distance, (1 - x @ y.T).gather(1, asked.index))
+
+    paint(tmp_path / "cam3/alone.png", 0, 0, 0)
+    paint(tmp_path / "elsewhere/x.png", 0, 0, 0)
+    with pytest.raises(InputError, match=r"needs more than .*alone\.png of its cam"):
+        search(run, tmp_path / "cam3", embedding, standardise=True)
+    with pytest.raises(InputError, match=r"--standardise needs the camera of .*x\.png"):
+        embed(run, tmp_path / "elsewhere", standardise=True)
+    single = embed(run, tmp_path / "cam3", standardise=True)  # similar to nothing
+    single.save(tmp_path / "single.npz")
+    assert not load_embedding(tmp_path / "single.npz").features.any()
+
+
 def test_search_in_saved_features_and_in_other_forms(
     run: Path, pictures: Path, tmp_path: Path
 ) -> None:
@@ -426,6 +459,16 @@ def test_cluster_uses_the_settings_of_the_run(
         | {"cluster": str(int(k))}
         for p, c, k in zip(*columns, strict=True)
     ]
+
+
+def test_a_clustering_that_knows_cameras_needs_them(run: Path, tmp_path: Path) -> None:
+    config = tmp_path / "run/config.yaml"
+    shutil.copytree(run, config.parent)
+    text = config.read_text()
+    config.write_text(text.replace("standardise: false", "standardise: true"))
+    paint(tmp_path / "set/x.png", 0, 0, 0)
+    with pytest.raises(InputError, match=r"clustering needs the camera of .*x\.png"):
+        cluster(config.parent, tmp_path / "set")
 
 
 def test_a_contact_sheet_per_cluster(embedding: Embedding, tmp_path: Path) -> None:
