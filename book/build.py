@@ -48,6 +48,7 @@ MATHJAX_CDN = f"https://cdn.jsdelivr.net/npm/{MATHJAX}/es5/tex-chtml.js"
 # What a fold holds, by a part of the cell's id.
 FOLDS = {
     "parameters": "the parameters",
+    "imports": "the imports",
     "check": "the check",
     "solution": "the solution",
 }
