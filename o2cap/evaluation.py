@@ -107,13 +107,11 @@ def evaluate_retrieval(
     Book: :eq:`evaluate_retrieval`
     """
     total, width = len(query_features), len(gallery_features)
-    if not len(query_pids) == len(query_camids) == total:
-        raise ValueError("query features, pids and camids differ in length")
-    if not len(gallery_pids) == len(gallery_camids) == width:
-        raise ValueError("gallery features, pids and camids differ in length")
+    columns = gallery_pids, gallery_camids, query_pids, query_camids
+    if [len(column) for column in columns] != [width, width, total, total]:
+        raise ValueError("query or gallery: features, pids, camids differ in length")
     if not (query_features.sum() + gallery_features.sum()).isfinite():
         raise ValueError("query or gallery features are not finite")
-    columns = gallery_pids, gallery_camids, query_pids, query_camids
     pid, camid, own_pid, own_camid = (c.cpu().numpy() for c in columns)
     known = np.flatnonzero(pid >= 0)
     pid, camid = pid[known], camid[known]
@@ -150,13 +148,9 @@ def evaluate_retrieval(
     if left_out:
         logger.warning(f"{left_out} of {total} queries have no match and are left out")
     ranks = np.arange(1, min(_CMC_RANKS, width) + 1)
-    return RetrievalMetrics(
-        mAP=float(ap[scored].mean()),
-        cmc=(best[scored] <= ranks[:, None]).mean(1),
-        mINP=float(inp[scored].mean()),
-        average_precision=ap,
-        left_out=left_out,
-    )
+    cmc = (best[scored] <= ranks[:, None]).mean(1)
+    means = float(ap[scored].mean()), cmc, float(inp[scored].mean())
+    return RetrievalMetrics(*means, ap, left_out)
 
 
 def clustering_quality(
@@ -190,14 +184,9 @@ def clustering_quality(
         nmi = normalized_mutual_info_score(pid, label)
         table = contingency_matrix(pid, label, sparse=True)
         purity = table.max(axis=0).sum() / len(label)
-    return ClusteringQuality(
-        ari=float(ari),
-        nmi=float(nmi),
-        purity=float(purity),
-        outlier_share=float((clusters < 0).double().mean()),
-        clusters=number,
-        cameras_per_cluster=cameras,
-    )
+    outliers = float((clusters < 0).double().mean())
+    scores = float(ari), float(nmi), float(purity)
+    return ClusteringQuality(*scores, outliers, number, cameras)
 
 
 @numba.njit(cache=True)
@@ -265,17 +254,11 @@ class Evaluator:
         self, config: Config, dataset: ReIDDataset, hardware: Hardware
     ) -> None:
         self.config, self.hardware = config, hardware
-        self.decoded = [
-            decode(
-                part,
-                config.height,
-                config.width,
-                workers=config.workers,
-                skip_unreadable=config.skip_unreadable,
-            )
-            for part in (dataset.query, dataset.gallery)
-            if len(part)
-        ]
+        size = config.height, config.width
+        how: Any = {"workers": config.workers}
+        how |= {"skip_unreadable": config.skip_unreadable}
+        parts = dataset.query, dataset.gallery
+        self.decoded = [decode(part, *size, **how) for part in parts if len(part)]
 
     def features(self, model: ReIDModel) -> list[Tensor]:
         """Return the features of query and gallery."""
@@ -290,12 +273,9 @@ class Evaluator:
             return {}
         (_, query), (_, gallery) = self.decoded
         assert query.pids is not None and gallery.pids is not None  # see check_parts
-        pids, camids = (query.pids, gallery.pids), (query.camids, gallery.camids)
-        asked, searched = self.features(model)
-        metrics = distributed.on_first(
-            evaluate_retrieval, asked, searched, *pids, *camids
-        )
-        return metrics.record()
+        labels = query.pids, gallery.pids, query.camids, gallery.camids
+        known = *self.features(model), *labels
+        return distributed.on_first(evaluate_retrieval, *known).record()
 
 
 def assess(
@@ -351,10 +331,8 @@ def assess(
     record: dict[str, Any] = {"same_camera": same_camera}
     record |= evaluate_retrieval(*features, *labels).record()
     if rerank:
-        again = evaluate_retrieval(
-            *features, *labels, distances=reranking.rerank(*features)
-        )
-        record["reranked"] = again.record()
+        how: Any = {"distances": reranking.rerank(*features)}
+        record["reranked"] = evaluate_retrieval(*features, *labels, **how).record()
     if standardise:
         camids = torch.cat([query.camids, gallery.camids])
         both = standardise_by_camera(torch.cat(features), camids)
