@@ -7,14 +7,13 @@ import hashlib
 import io
 import json
 import logging
-import math
 import platform
 import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -72,8 +71,10 @@ class RunDirectory:
         self.before: Metrics | None = None
         """Retrieval metrics before the first epoch; None until they are measured."""
         self._board: SummaryWriter | None = None
+        self._lock = FileLock(self.path / ".lock")
         self._writer = ThreadPoolExecutor(1)
-        self._writing: Future[None] | None = None
+        self._written: Callable[[], None] = lambda: None
+        """Wait for the checkpoint that is being written; raise what went wrong."""
 
     @classmethod
     @contextlib.contextmanager
@@ -93,20 +94,18 @@ class RunDirectory:
         if run.finished():  # and so nothing is written, perhaps nothing can be
             yield run
             return
-        lock = FileLock(run.path / ".lock")
-        run._acquire(lock)
+        run._acquire()
         try:
             run._check(resume)  # another program may have written there
             yield run
-            run._wait()
         finally:
             run._writer.shutdown()
             if run._board is not None:
                 with contextlib.suppress(OSError):  # said before, when it was written
                     run._board.close()
-            if lock.is_locked:  # by the first process only
+            if run._lock.is_locked:  # by the first process only
                 (run.path / ".lock").unlink()
-                lock.release()
+                run._lock.release()
                 with contextlib.suppress(OSError):
                     run.path.rmdir()  # when nothing came of the run
 
@@ -114,9 +113,8 @@ class RunDirectory:
     def _check(self, resume: bool) -> None:
         known = self.path / "config.yaml"
         if not known.is_file():
-            inside = self.path.iterdir() if self.path.is_dir() else ()
             # (What a killed run leaves before its settings is hidden.)
-            if any(not path.name.startswith(".") for path in inside):
+            if any(self.path.glob("[!.]*")):
                 raise InputError(
                     f"--output {self.path} holds files but no run (no config.yaml); "
                     "choose another directory."
@@ -137,13 +135,13 @@ class RunDirectory:
             )
 
     @first_only
-    def _acquire(self, lock: FileLock) -> None:
+    def _acquire(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         try:
-            lock.acquire(timeout=0)
+            self._lock.acquire(timeout=0)
         except Timeout:
             logger.info("another process is training in %s; waiting for it", self.path)
-            lock.acquire()
+            self._lock.acquire()
 
     @first_only
     def finished(self) -> bool:
@@ -193,36 +191,34 @@ class RunDirectory:
         text = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
         self._write("config.yaml", text)
         every, there = (
-            [str(p) for images in part.splits().values() for p in images.paths]
+            {f"{path}\n" for images in part.splits().values() for path in images.paths}
             for part in (dataset, kept)
         )
-        if lost := sorted(set(every).difference(there)):
-            self._write("unreadable.txt", "".join(f"{path}\n" for path in lost))
+        if lost := every - there:
+            self._write("unreadable.txt", "".join(sorted(lost)))
         self._write("environment.json", json.dumps(environment, indent=2))
 
     def restore(self) -> dict[str, Any] | None:
-        """Return the last checkpoint, if there is one, and forget what came after.
+        """Return the last checkpoint, if there is one; what came after is forgotten.
 
         Returns
         -------
         dict or None
-            ``epoch`` (see the class), ``before``, and the states of ``model``,
-            ``optimizer`` and ``scaler``, tensors on the CPU.
+            ``epoch`` (see the class), ``before``, ``history``, ``warm_history``, and
+            the states of ``model``, ``optimizer`` and ``scaler``, tensors on the CPU.
 
         Raises
         ------
         InputError
             When the file is damaged.
         """
-        state = distributed.on_first(self._read_checkpoint)
+        state = self._read_checkpoint()
         if state is not None:
-            last, self.before = state["epoch"], state["before"]
-            self.next_epoch = last + 1
-            warm = last + self.config.warm_start.epochs if last < 0 else math.inf
-            self.history = _lines(self.path / "metrics.jsonl", last)
-            self.warm_history = _lines(self.path / "warm_start.jsonl", warm)
+            self.next_epoch, self.before = state["epoch"] + 1, state["before"]
+            self.history, self.warm_history = state["history"], state["warm_history"]
         return state
 
+    @first_only
     def _read_checkpoint(self) -> dict[str, Any] | None:
         path = self.path / "checkpoint.pt"
         for left in self.path.rglob(".*.part"):  # of a run killed while writing
@@ -234,7 +230,7 @@ class RunDirectory:
                 if archive.testzip() is not None:
                     raise ValueError("checksum")
             state = torch.load(path, map_location="cpu", weights_only=True)
-            return {"epoch": int(state["epoch"]), "before": state["before"], **state}
+            return {"warm_history": state["warm_history"], **state}
         except Exception as error:
             raise InputError(
                 f"{path} is damaged or no checkpoint of this program "
@@ -276,41 +272,32 @@ class RunDirectory:
             The epoch that has ended.
         """
         self.next_epoch = epoch + 1
-        distributed.on_first(
-            self._save, {"epoch": epoch, "before": self.before, **state}
-        )
+        told = {"history": self.history, "warm_history": self.warm_history}
+        self._save({"epoch": epoch, "before": self.before} | told | state)
 
+    @first_only
     def _save(self, state: dict[str, Any]) -> None:
         # By way of memory: torch does not say why it cannot write (a full disk).
         content = io.BytesIO()
         torch.save(state, content)
-
-        def write() -> None:
-            with replacing(self.path / "checkpoint.pt") as path:
-                path.write_bytes(content.getbuffer())
-
-        self._wait()
-        self._writing = self._writer.submit(write)
-
-    def _wait(self) -> None:
-        """Wait for the checkpoint that is being written; raise what went wrong."""
-        if self._writing is not None:
-            self._writing.result()
+        self._written()
+        job = self._writer.submit(self._write, "checkpoint.pt", content.getbuffer())
+        self._written = job.result
 
     @first_only
     def keep_weights(self, model: ReIDModel, name: str) -> None:
         """Write the weights alone, in safetensors."""
         tensors = {k: v.contiguous().cpu() for k, v in model.state_dict().items()}
-        with replacing(self.path / name) as path:
-            path.write_bytes(safetensors.torch.save(tensors))
+        self._write(name, safetensors.torch.save(tensors))
 
     def finish(self, model: ReIDModel) -> RunResult:
         """Write the trained weights and the final metrics, and return the run."""
-        distributed.on_first(self._wait)
+        distributed.on_first(self._written)
         self.keep_weights(model, "model.safetensors")
-        distributed.on_first(self._summarise)
+        self._summarise()
         return distributed.on_first(read_run, self.path)
 
+    @first_only
     def _summarise(self) -> None:
         about = {"before": self.before, "epochs": len(self.history)}
         summary = self.history[-1] | about | {"config_hash": self.config.hash()}
@@ -319,10 +306,12 @@ class RunDirectory:
     def _write_lines(self, name: str, records: list[Metrics]) -> None:
         self._write(name, "".join(json.dumps(record) + "\n" for record in records))
 
-    def _write(self, name: str, text: str) -> None:
-        with replacing(self.path / name) as path:
+    def _write(self, name: str, content: str | bytes | memoryview) -> None:
+        if isinstance(content, str):
             # A file name that is no valid UTF-8 goes out as the bytes it is.
-            path.write_text(text, encoding="utf-8", errors="surrogateescape")
+            content = content.encode("utf-8", "surrogateescape")
+        with replacing(self.path / name) as path:
+            path.write_bytes(content)
 
 
 # ------------------------------------------------------------------------ reading a run
@@ -343,8 +332,8 @@ class RunResult:
     before : dict
         Retrieval metrics before the first epoch, after the warm start if there was
         one; empty when there is nothing to evaluate with.
-    history, warm_history : list of dict
-        One record per epoch, of the training and of the warm start.
+    history : list of dict
+        One record per epoch.
     """
 
     directory: Path
@@ -352,7 +341,6 @@ class RunResult:
     environment: Metrics
     before: Metrics
     history: list[Metrics]
-    warm_history: list[Metrics]
 
     @property
     def final(self) -> Metrics:
@@ -395,10 +383,12 @@ def read_run(directory: Path, *, finished: bool = True) -> RunResult:
     config = _finished(directory, summary.name if finished else "metrics.jsonl")
     before = read_json(summary, "before")[0] if summary.is_file() else {}
     environment = read_json(directory / "environment.json")
-    history, warm = (
-        _lines(directory / name) for name in ("metrics.jsonl", "warm_start.jsonl")
-    )
-    return RunResult(directory, config, environment, before, history, warm)
+    path = directory / "metrics.jsonl"
+    try:
+        history = [dict(json.loads(s)) for s in path.read_text("utf-8").splitlines()]
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}).") from error
+    return RunResult(directory, config, environment, before, history)
 
 
 def load_model(
@@ -419,13 +409,8 @@ def load_model(
         When the directory holds no finished run, or its weights do not fit.
     """
     config = _finished(directory, weights)
-    model = build_model(
-        config.backbone,
-        str(directory / weights),
-        height=config.height,
-        width=config.width,
-        pooling=config.pooling,
-    )
+    how: Any = {name: getattr(config, name) for name in ("height", "width", "pooling")}
+    model = build_model(config.backbone, str(directory / weights), **how)
     return config, model.to(memory_format=torch.channels_last).eval()
 
 
@@ -441,31 +426,19 @@ def _finished(directory: Path, needed: str) -> Config:
     return config
 
 
-def _lines(path: Path, last: float = math.inf) -> list[Metrics]:
-    """Return the records of a file up to the epoch `last`."""
-    try:
-        lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-        return [r for r in map(json.loads, lines) if r["epoch"] <= last]
-    except (ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}).") from error
-
-
 def _decisive(config: Config) -> dict[str, Any]:
     """Return the settings that can change a result, groups with a dot."""
-    found: dict[str, Any] = {}
-    for name, value in config.to_dict().items():
-        if isinstance(value, dict):
-            found |= {f"{name}.{inner}": v for inner, v in value.items()}
-        elif name not in NO_INFLUENCE:
-            found[name] = value
-    return found
+    return {
+        f"{name}.{inner}".rstrip("."): value
+        for name, group in config.to_dict().items()
+        if name not in NO_INFLUENCE
+        for inner, value in (group if isinstance(group, dict) else {"": group}).items()
+    }
 
 
 def input_facts(dataset: ReIDDataset, labels: Tensor | None) -> Metrics:
     """Return counts and fingerprints of pictures and given labels."""
-    given = None
-    if labels is not None:
-        given = hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16]
+    given = labels is not None and hashlib.sha256(labels.numpy().tobytes()).hexdigest()
     train = dataset.train
     one_of = {camid: i for i, camid in enumerate(train.camids.tolist())}
     return {
@@ -473,8 +446,8 @@ def input_facts(dataset: ReIDDataset, labels: Tensor | None) -> Metrics:
         "counts": dataset.counts(),
         "fingerprint": dataset.fingerprint(),
         "cameras": [[camid, train.camera(i)] for camid, i in sorted(one_of.items())],
-        "grey_range": dataset.train.grey_range and list(dataset.train.grey_range),
-        "pseudo_labels": given,
+        "grey_range": train.grey_range and list(train.grey_range),
+        "pseudo_labels": given[:16] if given else None,
     }
 
 
