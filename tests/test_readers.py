@@ -116,7 +116,7 @@ def test_the_archives_top_folder_or_the_one_above_it(market: Path) -> None:
     plant(market.parent / ".half.partial", MARKET)  # hidden: not a second data set
     load_dataset("market1501", market.parent)
     plant(market.parent / "DukeMTMC-reID", MARKET)
-    with pytest.raises(InputError, match="holds several data sets"):
+    with pytest.raises(InputError, match=r"hold bounding_box_train.*DukeMTMC-reID"):
         load_dataset("market1501", market.parent)
 
 
@@ -304,7 +304,9 @@ def test_msmt17_lists_that_do_not_fit(tmp_path: Path) -> None:
 def test_msmt17_both_versions_side_by_side(tmp_path: Path) -> None:
     msmt17(tmp_path / "MSMT17_V1", "train", "test")
     msmt17(tmp_path / "MSMT17_V2", "mask_train_v2", "mask_test_v2")
-    with pytest.raises(InputError, match=r"MSMT17_V1: train \+ test; .*MSMT17_V2"):
+    with pytest.raises(
+        InputError, match=r"train \+ test, or mask.* found: .*MSMT17_V1.*V2"
+    ):
         load_dataset("msmt17", tmp_path)
     assert load_dataset("msmt17", tmp_path / "MSMT17_V2").name == "msmt17-v2"
 
@@ -375,18 +377,17 @@ def test_names_say_identities_only_where_all_are_in_one_layout() -> None:
 def test_root_that_holds_something_else(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"needs --root: the folder of the data set"):
         load_dataset("market1501")
-    with pytest.raises(InputError, match=r"nowhere is not the folder of the data set"):
+    with pytest.raises(InputError, match=r"folder of the data set; it is .*/nowhere"):
         load_dataset("msmt17", tmp_path / "nowhere")
     with pytest.raises(
-        InputError, match=r"holds image_train \+ image_query \+ image_test"
+        InputError,
+        match=r"must hold image_train \+ image_query \+ image_test; found: none",
     ):
         load_dataset("veri776", tmp_path)
     plant(tmp_path, {"Market.zip": b"PK"})
-    with pytest.raises(
-        InputError, match=r"Market.zip is not the folder .* data_scripts/"
-    ):
+    with pytest.raises(InputError, match=r"Market.zip\. Archives .* data_scripts/"):
         load_dataset("market1501", tmp_path / "Market.zip")
-    with pytest.raises(InputError, match=r"is not the CSV file"):
+    with pytest.raises(InputError, match=r"needs --root: the CSV file; it is"):
         load_dataset("manifest", tmp_path)
 
 
@@ -501,12 +502,11 @@ A = "train,cam1/a.jpg,1,0\n"
     ("text", "message"),
     [
         ("", r"line 0: it must be split,path,pid,camid"),
-        ("path,pid,camid\ncam1/a.jpg,1,0\n", r"not 'path,pid,camid'"),
-        ("split;path;pid;camid\n" + A, r"with commas.*not 'split;path;pid;camid'"),
+        ("path,pid,camid\ncam1/a.jpg,1,0\n", r"line 1: it must be split,path"),
+        ("split;path;pid;camid\n" + A, r"must be split,path,pid,camid, with commas"),
         ("split,split,path,pid,camid\n" + A, r"line 1: it must be"),
         ("Split,path,pid,camid\n" + A, r"line 1: it must be"),
         (A + A, r"line 1: it must be"),
-        (HEAD, "holds no pictures"),
         (HEAD + A + "train,cam1/b.jpg,1\n", r"line 3: it has more or fewer fields"),
         (HEAD + "train,a.jpg,1,0,9\n", r"line 2: it has more or fewer fields"),
         (HEAD + "tain,cam1/a.jpg,1,0\n", r"line 2: .*'tain' is none of train, query"),
@@ -656,7 +656,6 @@ def test_manifest_of_anything_loads_or_is_refused_in_one_sentence(
     except InputError as error:
         assert "anything.csv" in str(error)
     else:
-        assert sum(map(len, dataset.splits().values())) > 0
         assert all(p.is_file() for s in dataset.splits().values() for p in s.paths)
 
 
@@ -870,12 +869,9 @@ def test_numbers_that_would_fall_together_are_names(tmp_path: Path) -> None:
     ("pattern", "message"),
     [
         ("{pid}/{frame}.jpg", "has no {camid}"),
-        ("{camid/{frame}.jpg", "is none"),
-        ("{camid}/{}.jpg", "is none"),
-        ("{camid}/{a-b}.jpg", "is none"),
+        ("{camid/{frame}.jpg", "has no {camid}"),
+        ("{camid}/{}.jpg", "No picture in .* fits"),
         ("{camid}_{frame}.jpg", "No picture in .* fits .*, such as .*cam1/a.jpg"),
-        ("{split}/{frame}.jpg{camid}", "No picture|split"),
-        ("{split}{camid}/{frame}.jpg", "the split 'c' does not exist"),
     ],
 )
 def test_patterns_that_do_not_work(

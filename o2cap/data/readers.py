@@ -9,11 +9,10 @@ from __future__ import annotations
 import csv
 import os
 import re
-import string
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,19 +107,17 @@ def read_dataset(name: str, root: Path | None, skip_unreadable: bool) -> Reading
     if name not in READERS:
         raise InputError(unknown("The data set", name, READERS))
     means = "the CSV file" if name == "manifest" else "the folder of the data set"
-    if root is None:
-        raise InputError(f"--dataset {name} needs --root: {means}.")
-    root = Path(root).expanduser().absolute()
-    with readable(root):
-        if root.is_dir() == (name == "manifest"):
+    place = Path(root or "").expanduser().absolute()
+    with readable(place):
+        if root is None or place.is_dir() == (name == "manifest"):
             raise InputError(
-                f"--root {root} is not {means}; archives of the four benchmarks are "
-                "unpacked by the programs in data_scripts/."
+                f"--dataset {name} needs --root: {means}; it is {root}. Archives of "
+                "the benchmarks are unpacked by the programs in data_scripts/."
             )
-        reading = READERS[name](root, skip_unreadable)
+        reading = READERS[name](place, skip_unreadable)
     if grey := reading.dataset.train.grey_range:
         reading.notes.append(
-            f"{root} holds pictures with more than 8 bits of grey; in all of them "
+            f"{place} holds pictures with more than 8 bits of grey; in all of them "
             f"{grey[0]:g} is black and {grey[1]:g} is white."
         )
     return reading
@@ -304,17 +301,16 @@ def _base(root: Path, variants: list[Folders]) -> tuple[Path, Folders]:
     complete = [found for found in complete if found[0] == root] or complete
     if len(complete) == 1:
         return complete[0]
-    if not complete:
-        layouts = ", or ".join(" + ".join(folders) for folders in variants)
-        raise InputError(f"Neither {root} nor a folder directly in it holds {layouts}.")
-    places = "; ".join(f"{place}: {' + '.join(names)}" for place, names in complete)
-    raise InputError(f"{root} holds several data sets ({places}); give one of them.")
+    layouts = ", or ".join(" + ".join(folders) for folders in variants)
+    places = ", ".join(str(place) for place, _ in complete) or "none"
+    raise InputError(
+        f"{root}, or one folder directly in it, must hold {layouts}; found: {places}."
+    )
 
 
 # ------------------------------------------------------------------- own pictures
 
 COLUMNS = ("split", "path", "pid", "camid")
-_real = cache(os.path.realpath)
 
 
 def _manifest(path: Path, skip_unreadable: bool) -> Reading:
@@ -327,33 +323,30 @@ def _manifest(path: Path, skip_unreadable: bool) -> Reading:
     train, or once in query and once in gallery (VeRi-776's protocol).
     """
     parts: dict[str, list[Picture]] = {split: [] for split in SPLITS}
-    seen: dict[str, list[tuple[int, str, int, int]]] = {}  # line, split, pid, camid
+    seen: dict[str, tuple[int, list[str], int, int]] = {}  # line, splits, pid, camid
     missing = []
     try:
         with open(path, encoding="utf-8-sig", newline="") as text:
             reader = csv.DictReader(text, skipinitialspace=True, strict=True)
-            header = [name.strip() for name in reader.fieldnames or ()]
-            reader.fieldnames = header
-            if any(header.count(name) != 1 for name in COLUMNS):
-                raise ValueError(
-                    f"it must be {','.join(COLUMNS)}, with commas, in any order, not "
-                    f"{','.join(header)[:80]!r}"
-                )
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+            known = [name for name in reader.fieldnames if name in COLUMNS]
+            if sorted(known) != sorted(COLUMNS):
+                raise ValueError(f"it must be {','.join(COLUMNS)}, with commas, once")
             for row in reader:
                 split, written, pid, camid = _entry(row)
                 if (place := _find(path.parent, written)) is None:
                     missing.append(written)
                     continue
                 file, key = place
-                before = seen.setdefault(key, [])
-                for _, other, *labels in before:
-                    both = {split, other} == {"query", "gallery"}
-                    if not both or labels != [pid, camid]:
-                        raise ValueError(
-                            f"{written} stands in line {before[0][0]} already; only in "
-                            "query and gallery, with one pid and camid, it may be both"
-                        )
-                before.append((reader.line_num, split, pid, camid))
+                first = seen.setdefault(key, (reader.line_num, [], pid, camid))
+                line, splits, *labels = first
+                splits.append(split)
+                both = sorted(splits) == ["gallery", "query"] and labels == [pid, camid]
+                if len(splits) > 1 and not both:
+                    raise ValueError(
+                        f"{written} stands in line {line} already; only in query and "
+                        "gallery, with one pid and camid, it may be both"
+                    )
                 camera = row.get("camera") or str(camid)
                 identity = row.get("identity") or str(pid) * (pid >= 0)
                 parts[split].append((file, camid, pid, camera, identity))
@@ -361,8 +354,6 @@ def _manifest(path: Path, skip_unreadable: bool) -> Reading:
         raise InputError(f"{path} is not UTF-8 text; save it as CSV UTF-8.") from error
     except (csv.Error, ValueError) as error:
         raise InputError(f"{path}, line {reader.line_num}: {error}.") from error
-    if not seen and not missing:
-        raise InputError(f"{path} holds no pictures, only a header.")
     absent = _sentence(
         f"Pictures named in {path} do not exist, or may not be read",
         missing,
@@ -406,15 +397,14 @@ def _find(base: Path, written: str) -> tuple[Path, str] | None:
     paths = (os.path.join(base, form) for form in forms)
     if (path := next(filter(os.path.isfile, paths), None)) is None:
         return None
-    key = os.path.join(_real(os.path.dirname(path)), os.path.basename(path))
-    real = os.path.realpath(key) if os.path.islink(key) else key
-    inside = real.startswith(os.path.join(_real(base), ""))
+    real = os.path.realpath(path)
+    inside = real.startswith(os.path.join(os.path.realpath(base), ""))
     if not (inside or os.path.isabs(written)):
         raise ValueError(
             f"{written} leads out of {base}, by .. or a link, to {real}; write the "
             "absolute path of a picture that lies elsewhere"
         )
-    return Path(path), key
+    return Path(path), real
 
 
 def _folders(root: Path, skip_unreadable: bool) -> Reading:
@@ -476,34 +466,30 @@ def manifest_from_pattern(
     Raises
     ------
     InputError
-        For a pattern that is none or has no camid, a split that does not exist, and
-        when no picture fits.
+        For a pattern without camid, and when no picture fits.
     """
-    expression, names = "", set()
-    try:
-        for text, name, spec, _ in string.Formatter().parse(pattern):
-            expression += re.escape(text)
-            if name is not None:
-                part = "/".join(["[^/]+?"] * int(spec or 1))
-                expression += f"(?P={name})" if name in names else f"(?P<{name}>{part})"
-                names.add(name)
-        compiled = re.compile(expression, re.IGNORECASE)
-    except (ValueError, re.error) as error:
-        raise InputError(f"--pattern {pattern} is none ({error}).") from error
+    names = set[str]()
+
+    def part(field: re.Match[str]) -> str:
+        name, folders = field[1], int(field[2] or 1)
+        if name in names:
+            return f"(?P={name})"
+        names.add(name)
+        return f"(?P<{name}>{'/'.join(['[^/]+?'] * folders)})"
+
+    expression = re.sub(r"\\{([a-z]\w*)(?::(\d))?\\}", part, re.escape(pattern))
     if "camid" not in names:
         raise InputError(f"--pattern {pattern} has no {{camid}}; write one, too.")
     folder = Path(os.path.abspath(folder))
     rows: list[dict[str, Any]] = []
     others = []
     for path in list_pictures(folder):
-        match = compiled.fullmatch(path.relative_to(folder).as_posix())
-        if match is None:
+        name = path.relative_to(folder).as_posix()
+        if match := re.fullmatch(expression, name, re.IGNORECASE):
+            said = {"split": "train", "pid": ""} | match.groupdict()
+            rows.append(said | {"path": path})
+        else:
             others.append(path)
-            continue
-        said = {"split": "train", "pid": ""} | match.groupdict()
-        if said["split"] not in SPLITS:
-            raise InputError(f"{path}: {unknown('the split', said['split'], SPLITS)}")
-        rows.append(said | {"path": path})
     if not rows:
         what = f", such as {others[0]}" if others else ""
         raise InputError(f"No picture in {folder} fits --pattern {pattern}{what}.")
