@@ -4,9 +4,9 @@ K processes compute what one would. All draw the same plan of an epoch; each tak
 share of every batch through its copy of the network; the features of all are gathered,
 with their gradient; and each computes the loss of the whole batch and moves its copy of
 the memory in the order of the batch, so that the copies stay equal. Extraction is
-shared out by rows. The first process alone clusters, evaluates and
-touches the run directory. Every process reads the pictures, which must lie where all
-of them see them.
+shared out by rows, and decoding among the processes of a machine, each of which reads
+the pictures once. The first process alone clusters, evaluates and touches the run
+directory.
 
 Without torchrun there is one process, and each function here is what it is for one.
 """
@@ -15,8 +15,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
-from collections.abc import Callable, Iterator
+import platform
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, ParamSpec, TypeVar
 
@@ -29,6 +33,11 @@ from o2cap.errors import InputError, TrainingError
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+logger = logging.getLogger("o2cap")
+
+PATIENCE = 60.0  # seconds for which the others wait before it is said:
+WAITING = "%s takes a while: the others wait for it, --timeout minutes at most"
 
 
 @contextlib.contextmanager
@@ -90,9 +99,14 @@ def size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def share(n: int) -> slice:
-    """Return this process's rows of n: consecutive, as equal as n allows."""
-    return slice(rank() * n // size(), (rank() + 1) * n // size())
+def share(n: int, among: Sequence[int] = ()) -> slice:
+    """Return this process's rows of n: consecutive, as equal as n allows.
+
+    Shared out among all processes, or among those with these numbers.
+    """
+    every = among or range(size())
+    place, k = every.index(rank()), len(every)
+    return slice(place * n // k, (place + 1) * n // k)
 
 
 class _Gather(torch.autograd.Function):
@@ -104,9 +118,8 @@ class _Gather(torch.autograd.Function):
         sent[: len(rows)] = rows
         found = rows.new_empty(k * most, *rows.shape[1:])
         dist.all_gather_into_tensor(found, sent)
-        parts = found.split(most) if n else []
         sizes = [(r + 1) * n // k - r * n // k for r in range(k)]
-        return torch.cat([p[:s] for p, s in zip(parts, sizes, strict=False)] or [found])
+        return torch.cat([found[r * most :][:s] for r, s in enumerate(sizes)])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -157,19 +170,39 @@ def copy_buffers(module: nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
+def everyones(found: T) -> list[T]:
+    """Return what each process found, in their order; raise what is an error."""
+    every = [found] * size()
+    if size() > 1:
+        dist.all_gather_object(every, found)
+    for error in every:
+        if isinstance(error, InputError):
+            raise error
+    return every
+
+
+def on_this_machine() -> list[int]:
+    """Return the numbers of the processes that run on this machine, this one's too."""
+    every = everyones((platform.node(), uuid.getnode()))  # its name, its network card
+    return [number for number, other in enumerate(every) if other == every[rank()]]
+
+
 def on_first(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Let the first process do `work`; all return what it found, or raise its error."""
+    if size() == 1:
+        return work(*args, **kwargs)
     found: list[Any] = [None, None]
     if rank() == 0:
+        late = threading.Timer(PATIENCE, logger.info, (WAITING, work.__name__))
+        late.start()
         try:
             found[0] = work(*args, **kwargs)
         except (InputError, TrainingError) as error:
-            if size() == 1:
-                raise
             found[1] = error
-    if size() > 1:
-        dist.broadcast_object_list(found, 0)
-    if found[1] is not None:
+        finally:
+            late.cancel()
+    dist.broadcast_object_list(found, 0)
+    if found[1]:
         raise found[1]
     return found[0]
 

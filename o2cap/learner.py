@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,9 @@ from o2cap.device import Hardware
 from o2cap.errors import TrainingError
 from o2cap.features import autocast, upload
 from o2cap.run import Metrics
+
+# The graphs' own stream: nothing is added up in it, so nothing waits.
+warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
 
 
 class Learner:
@@ -147,7 +151,12 @@ class Learner:
         """Return the network as CUDA graphs, for batches of this shape.
 
         Its forward and its backward pass become one launch each, in place of some 800:
-        with small batches a GPU waits for launches, not for arithmetic.
+        with small batches a GPU waits for launches, not for arithmetic. Losses, memory
+        and optimizer stay outside: their shapes change with the number of proxies, so
+        each epoch would have to be captured anew, and the GPU is busy for nearly the
+        whole step as it is ("GPU busy" in `benchmarks.gpu`, which also measures
+        `torch.compile`: no setting here, since it compiles for longer than it saves in
+        most runs, and wants a C compiler).
         """
         kept = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         with autocast(self.hardware.device, self.hardware.precision, cache=False):

@@ -7,18 +7,24 @@ everything, which torchrun's own would do each for itself.
 from __future__ import annotations
 
 import copy
+import logging
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -34,7 +40,8 @@ from o2cap import distributed, losses, trainer
 from o2cap.__main__ import main
 from o2cap.backbone import build_model
 from o2cap.config import BatchConfig, Config, OptimConfig
-from o2cap.data.images import ReIDDataset
+from o2cap.data import loading
+from o2cap.data.images import ImageSet, ReIDDataset
 from o2cap.errors import InputError
 from o2cap.proxies import split_by_camera
 from o2cap.trainer import train
@@ -158,6 +165,75 @@ def _pieces() -> None:
 def test_the_pieces(size: int, tmp_path: Path) -> None:
     said = tmp_path / "said"
     assert run(said, _pieces, size=size) == [0] * size, said.read_text()
+
+
+def _decode(images: ImageSet, folder: Path, machines: list[int], scratch: Path) -> None:
+    """Note, in a file for each process, which pictures it has read."""
+    real, tempfile.tempdir = loading.read_picture, str(scratch)
+
+    def read_picture(path: Path, *args: Any) -> Any:
+        with (folder / os.environ["RANK"]).open("a") as file:
+            file.write(f"{path.name}\n")
+        return real(path, *args)
+
+    loading.read_picture = read_picture
+    with distributed.joined():
+        uuid.getnode = lambda: machines[distributed.rank()]
+        with pytest.raises(InputError, match=r"broken.* 1 more cannot be read"):
+            loading.decode(images, 32, 16)
+        assert list(scratch.iterdir()) == []
+        for file in folder.glob(os.environ["RANK"]):
+            file.unlink()
+        pixels, kept = loading.decode(images, 32, 16, skip_unreadable=True)
+        assert list(scratch.iterdir()) == []
+        assert len(kept) == len(images) - 2
+        expected = [real(path, 32, 16) for path in kept.paths]
+        assert torch.equal(pixels, torch.from_numpy(np.stack(expected)))
+        with pytest.raises(InputError, match="TMPDIR"):
+            if distributed.rank() == 0:
+                limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+                resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limit))
+            loading.decode(images, 32, 16)
+
+
+@pytest.mark.parametrize("machines", [[1, 1], [1, 1, 2], [2, 1, 2]])
+def test_each_machine_reads_a_picture_once(
+    machines: list[int], data: ReIDDataset, tmp_path: Path
+) -> None:
+    """Its processes share out the pictures, and the pixels; also what is unreadable."""
+    for name in ("read", "scratch"):
+        (tmp_path / name).mkdir()
+    images = data.train
+    for place in (4, 50):
+        copied = list(images.paths)
+        copied[place] = tmp_path / f"broken{place}.png"
+        images = replace(images, paths=copied)
+    size, said = len(machines), tmp_path / "said"
+    given_ = (images, tmp_path / "read", machines, tmp_path / "scratch")
+    ended = run(said, _decode, *given_, size=size)
+    assert ended == [0] * size, said.read_text()
+    names = sorted(path.name for path in images.paths)
+    for machine in set(machines):
+        ranks = [rank for rank in range(size) if machines[rank] == machine]
+        lists = [(tmp_path / f"read/{r}").read_text().split() for r in ranks]
+        assert sorted(name for found in lists for name in found) == names
+        assert max(map(len, lists)) - min(map(len, lists)) <= 1
+
+
+def _wait() -> None:
+    logging.basicConfig(level="INFO")
+    distributed.PATIENCE = 0.2
+    with distributed.joined():
+        distributed.on_first(time.sleep, 1)
+        distributed.PATIENCE = 60
+        distributed.on_first(time.sleep, 0.3)
+
+
+def test_a_long_wait_is_said_once(tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    assert run(said, _wait) == [0, 0], said.read_text()
+    assert said.read_text().count("sleep takes a while: the others wait") == 1
+    assert "--timeout minutes" in said.read_text()
 
 
 def _freeze_statistics() -> None:

@@ -64,7 +64,9 @@ def test_every_piece_at_toy_size_on_a_bare_machine(
         training["images/s"] / plain
     )
     assert 0 <= training["share outside the network"] < 1
-    assert len(items["a step's kernels"]["longest, ms/step"]) == 20
+    kernels = items["a step's kernels, bf16"]
+    assert len(kernels["longest, ms/step"]) == 20
+    assert training["GPU busy"] == kernels["in all, ms/step"] / training["ms/step"]
     for where in ("inside", "outside"):
         agreement = items[f"CPU and GPU, {where} TF32"]  # here both are the CPU
         assert agreement["neighbours, share equal"] == 1 and agreement["labels equal"]

@@ -372,17 +372,3 @@ def test_decode_says_when_the_disk_is_too_small_as_well(
             decode(images, 16, 8)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-def test_processes_of_one_machine_share_its_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    images, size = write_set(tmp_path, 2), 2 * 16 * 8 * 3
-    free = SimpleNamespace(available=3 * size)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
-    caplog.set_level("INFO", "o2cap")
-    decode(images, 16, 8)
-    assert "not in memory" not in caplog.text
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    decode(images, 16, 8)
-    assert "not in memory" in caplog.text

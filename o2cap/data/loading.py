@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -17,6 +18,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from o2cap import distributed
 from o2cap.data.images import ImageSet, open_picture
 from o2cap.errors import InputError
 
@@ -153,6 +155,9 @@ def decode(
 ) -> tuple[Tensor, ImageSet]:
     """Decode all pictures once, into memory or, if they are too many, onto disk.
 
+    Of several processes each makes this call. Those of one machine share the work and
+    the pixels: each decodes its part.
+
     Parameters
     ----------
     images : ImageSet
@@ -160,19 +165,21 @@ def decode(
     height, width : int
         Size to bring them to, in pixels.
     workers : int
-        Threads that decode (decoding lets other threads run); 0 means one a core.
-        The result does not depend on it.
+        Threads that decode (decoding lets other threads run); 0 means one a core, or
+        this process's share of the cores. The result does not depend on it.
     skip_unreadable : bool
         Leave unreadable pictures out and say how many, instead of stopping.
 
     Returns
     -------
     pixels : uint8 Tensor [N, height, width, 3]
-        In memory when a third of what is free holds it (of several processes on one
-        machine, a share of that third), else mapped from an unnamed temporary file (in
-        the folder TMPDIR names), which ends with the program.
+        In memory when a third of what is free holds it, else mapped from a temporary
+        file (in the folder TMPDIR names), which ends with the program. Several
+        processes always map a file, those of one machine the same; the system keeps
+        it in memory as far as there is room.
     images : ImageSet
-        The pictures that `pixels` holds, in their order.
+        The pictures that `pixels` holds, in their order. What one process cannot read
+        no process keeps.
 
     Raises
     ------
@@ -180,8 +187,14 @@ def decode(
         At the first unreadable pictures, named, unless they are to be skipped; when
         none is readable; or when they fit neither in memory nor on disk.
     """
-    pixels = _room((len(images), height, width, 3))
-    broken = read_pictures(images, pixels, workers)
+    together = distributed.on_this_machine()
+    pixels = _room((len(images), height, width, 3), together[0])
+    own = distributed.share(len(images), together)
+    mine = images.select(torch.arange(len(images))[own])
+    workers = workers or (os.cpu_count() or 1) // len(together) + 1
+    found = read_pictures(mine, pixels[own], workers)
+    found = {own.start + i: fault for i, fault in found.items()}
+    broken = {i: x for part in distributed.everyones(found) for i, x in part.items()}
     if not broken:
         return torch.from_numpy(pixels), images
     first, *others = broken.values()
@@ -193,30 +206,47 @@ def decode(
         *(len(broken), len(images), images.paths[min(broken)]),
     )
     whole = [i for i in range(len(images)) if i not in broken]
-    for place, i in enumerate(whole):  # in place: there may be no room for a copy
-        pixels[place] = pixels[i]
+    if distributed.rank() == together[0]:
+        for place, i in enumerate(whole):  # in place: there may be no room for a copy
+            pixels[place] = pixels[i]
+    distributed.everyones(None)  # all wait for it
     return torch.from_numpy(pixels)[: len(whole)], images.select(torch.tensor(whole))
 
 
-def _room(shape: tuple[int, ...]) -> np.ndarray:
-    """Return room for pictures, in memory or on the disk; see :func:`decode`."""
-    size = math.prod(shape)
-    together = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # as torchrun says
-    if size <= psutil.virtual_memory().available / 3 / together:
+def _room(shape: tuple[int, ...], maker: int) -> np.ndarray:
+    """Return room for pictures, in memory or on the disk; see :func:`decode`.
+
+    Process `maker` makes the file, if there are several on this machine.
+    """
+    size, alone = math.prod(shape), distributed.size() == 1
+    if not size or (alone and size <= psutil.virtual_memory().available / 3):
         return np.empty(shape, np.uint8)
     folder = tempfile.gettempdir()
     logger.info("%.1f GiB of pictures: kept in %s, not in memory", size / 2**30, folder)
+
+    def mapped(made: Any) -> np.ndarray:
+        file = distributed.everyones(made)[maker]
+        pixels = np.memmap(file, np.uint8, "r+", shape=shape)
+        distributed.everyones(None)  # all have opened it: its name may go
+        return pixels
+
+    if distributed.rank() != maker:
+        return mapped(None)
+    # Without a name where nobody else looks for it: then no kill can leave it behind.
+    make = tempfile.TemporaryFile if alone else tempfile.NamedTemporaryFile
     try:
-        with tempfile.TemporaryFile() as file:
+        with make() as file:
             # Written now: a mapped file that finds the disk full later kills the
             # program without a word.
             for start in range(0, size, 2**24):
                 file.write(bytes(min(2**24, size - start)))
             file.flush()
-            return np.memmap(file, np.uint8, "r+", shape=shape)
+            return mapped(file if alone else file.name)
     except OSError as error:
-        raise InputError(
-            f"The decoded pictures need {together * size / 2**30:.1f} GiB, which "
-            f"neither the memory nor {folder} has ({error.strerror or error}); set "
-            "TMPDIR to a folder that has, or choose a smaller --height and --width."
-        ) from error
+        return mapped(
+            InputError(
+                f"The decoded pictures need {size / 2**30:.1f} GiB, which neither the "
+                f"memory nor {folder} has ({error.strerror or error}); set TMPDIR to a "
+                "folder that has, or choose a smaller --height and --width."
+            )
+        )
