@@ -34,8 +34,6 @@ from o2cap.errors import InputError, TrainingError
 P = ParamSpec("P")
 T = TypeVar("T")
 
-logger = logging.getLogger("o2cap")
-
 PATIENCE = 60.0  # seconds for which the others wait before it is said:
 WAITING = "%s takes a while: the others wait for it, --timeout minutes at most"
 
@@ -193,7 +191,8 @@ def on_first(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return work(*args, **kwargs)
     found: list[Any] = [None, None]
     if rank() == 0:
-        late = threading.Timer(PATIENCE, logger.info, (WAITING, work.__name__))
+        say = logging.getLogger("o2cap").info
+        late = threading.Timer(PATIENCE, say, (WAITING, work.__name__))
         late.start()
         try:
             found[0] = work(*args, **kwargs)

@@ -111,9 +111,11 @@ def train(
             learner, evaluator, pids = prepare(run, hardware, dataset, facts)
             if labels is not None and len(labels) != len(learner.images):
                 raise InputError("Some pictures with pseudo_labels cannot be read.")
-            warm_start(learner, run)
+            with stage("warm start", {}):
+                warm_start(learner, run)
             if run.before is None:
-                run.before = evaluator.record(learner.model)
+                with stage("evaluate", {}):
+                    run.before = evaluator.record(learner.model)
                 logger.info("before training: %s", in_words(run.before))
                 run.keep_weights(learner.model, "start.safetensors")
                 run.save(learner.state(), epoch=-1)
@@ -429,7 +431,8 @@ def announce(dataset: ReIDDataset, hardware: Hardware, run: RunDirectory) -> Non
         logger.warning(
             f"Fewer than 16 pictures a GPU: {k} GPUs are hardly faster than one. Try "
             f"--batch.proxies {k * config.batch.proxies} and --optim.lr "
-            f"{k * config.optim.lr:g}, larger by the number of GPUs."
+            f"{k * config.optim.lr:g}, larger by the number of GPUs, and --iterations "
+            f"{math.ceil(config.iterations / k)}, fewer by it."
         )
 
 
@@ -483,8 +486,8 @@ def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
         raise InputError(
             f"The GPU's memory is full (stage: {name}). If another program fills it, "
             "the same command resumes later where this one stopped; if not, a new run "
-            "with a smaller --batch.proxies, --batch.images, --height or --width needs "
-            "less."
+            "with a smaller --batch.proxies, --batch.images, --warm-start.images, "
+            "--height or --width needs less."
         ) from error
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()

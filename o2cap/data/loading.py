@@ -191,7 +191,7 @@ def decode(
     pixels = _room((len(images), height, width, 3), together[0])
     own = distributed.share(len(images), together)
     mine = images.select(torch.arange(len(images))[own])
-    workers = workers or (os.cpu_count() or 1) // len(together) + 1
+    workers = workers or -(-(os.cpu_count() or 1) // len(together))
     found = read_pictures(mine, pixels[own], workers)
     found = {own.start + i: fault for i, fault in found.items()}
     broken = {i: x for part in distributed.everyones(found) for i, x in part.items()}
@@ -222,7 +222,7 @@ def _room(shape: tuple[int, ...], maker: int) -> np.ndarray:
     if not size or (alone and size <= psutil.virtual_memory().available / 3):
         return np.empty(shape, np.uint8)
     folder = tempfile.gettempdir()
-    logger.info("%.1f GiB of pictures: kept in %s, not in memory", size / 2**30, folder)
+    logger.info("%.1f GiB of pictures: kept in a file in %s", size / 2**30, folder)
 
     def mapped(made: Any) -> np.ndarray:
         file = distributed.everyones(made)[maker]
@@ -243,10 +243,9 @@ def _room(shape: tuple[int, ...], maker: int) -> np.ndarray:
             file.flush()
             return mapped(file if alone else file.name)
     except OSError as error:
-        return mapped(
-            InputError(
-                f"The decoded pictures need {size / 2**30:.1f} GiB, which neither the "
-                f"memory nor {folder} has ({error.strerror or error}); set TMPDIR to a "
-                "folder that has, or choose a smaller --height and --width."
-            )
+        fault = InputError(
+            f"The decoded pictures need {size / 2**30:.1f} GiB, which neither the "
+            f"memory nor {folder} has ({error.strerror or error}); set TMPDIR to a "
+            "folder that has, or choose a smaller --height and --width."
         )
+        return mapped(fault)
