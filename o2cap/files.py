@@ -18,22 +18,6 @@ from o2cap.errors import InputError
 
 
 @contextlib.contextmanager
-def usable(path: Path, what: str = "used") -> Iterator[None]:
-    """Do something with `path` in the block that the system may refuse.
-
-    Raises
-    ------
-    InputError
-        When it does (no permission, full disk, too long a name).
-    """
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"{path} cannot be {what} ({reason}).") from error
-
-
-@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give the path of a new file beside `path`, which takes its place at the end.
 
@@ -47,27 +31,20 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     path = path.expanduser()
     part = path.parent / f".{path.name}.{secrets.token_hex(4)}.part"
-    with usable(path, "written"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield part
-            # On the disk first, and the exchange after it: a system may do them in the
-            # other order, and a power cut between the two would leave an empty file.
-            _sync(part, os.O_RDWR)
-            os.replace(part, path)
-            with contextlib.suppress(OSError):  # not every system opens a folder
-                _sync(path.parent, os.O_RDONLY)
-        finally:
-            with contextlib.suppress(OSError):
-                part.unlink()
-
-
-def _sync(path: Path, flags: int) -> None:
-    handle = os.open(path, flags)
     try:
-        os.fsync(handle)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        # On the disk first, and the exchange after it: a system may do them in the
+        # other order, and a power cut between the two would leave an empty file.
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{path} cannot be written ({reason}).") from error
     finally:
-        os.close(handle)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Any]) -> None:

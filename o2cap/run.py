@@ -35,7 +35,7 @@ from o2cap.data.images import ReIDDataset
 from o2cap.device import Hardware
 from o2cap.distributed import first_only
 from o2cap.errors import InputError
-from o2cap.files import read_json, replacing, usable
+from o2cap.files import read_json, replacing
 
 logger = logging.getLogger("o2cap")
 
@@ -246,14 +246,13 @@ class RunDirectory:
         with replacing(self.path / name) as path, path.open("wb") as file:
             np.savez_compressed(file, clusters=clusters.numpy())
         self._write_lines("metrics.jsonl", self.history)
-        with usable(self.path / "events.out.tfevents"):
-            if self._board is None:
-                # What another file holds of this epoch and later ones is forgotten.
-                self._board = SummaryWriter(str(self.path), purge_step=epoch)
-            for key, value in record.items():
-                if isinstance(value, int | float) and key != "epoch":
-                    self._board.add_scalar(key, value, epoch)
-            self._board.flush()
+        if self._board is None:
+            # What another file holds of this epoch and later ones is forgotten.
+            self._board = SummaryWriter(str(self.path), purge_step=epoch)
+        for key, value in record.items():
+            if isinstance(value, int | float) and key != "epoch":
+                self._board.add_scalar(key, value, epoch)
+        self._board.flush()
 
     @first_only
     def record_warm_start(self, record: Metrics) -> None:
