@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from o2cap.config import Reduction as ConfigReduction
 from o2cap.proxies import CameraProxies
 
-Reduction = ConfigReduction | Literal["none"]
+Reduction = Literal["camera_sum", "mean", "none"]
 
 
 def offline_loss(
@@ -72,16 +71,9 @@ def offline_loss(
     ranking = similarity
     if spare is not None:
         ranking = similarity.masked_fill(spare, -torch.inf)
-    loss = _contrast(
-        features,
-        centroids,
-        similarity,
-        ranking,
-        positive=proxies.cluster[proxy][:, None] == proxies.cluster,
-        most=proxies.most_per_cluster,
-        negatives=negatives,
-        temperature=temperature,
-    )
+    positive = proxies.cluster[proxy][:, None] == proxies.cluster
+    given = (features, centroids, similarity, ranking, positive)
+    loss = _contrast(*given, proxies.most_per_cluster, negatives, temperature)
     return reduce(loss, proxies.camera[proxy], reduction)
 
 
@@ -113,16 +105,9 @@ def online_loss(
     if similarity is None or own is None:
         similarity, own = compare_with_own(features, proxy, centroids)
     mixed = online_similarity(similarity, own, balance)
-    loss = _contrast(
-        features,
-        centroids,
-        similarity,
-        mixed,
-        positive=online_positives(mixed, proxies.camera, positives),
-        most=positives,
-        negatives=negatives,
-        temperature=temperature,
-    )
+    chosen = online_positives(mixed, proxies.camera, positives)
+    given = (features, centroids, similarity, mixed, chosen)
+    loss = _contrast(*given, positives, negatives, temperature)
     return reduce(loss, proxies.camera[proxy], reduction)
 
 
@@ -213,9 +198,8 @@ def intra_camera_loss(
     """
     logits = compare(features, centroids) / temperature
     other = proxies.camera[proxy][:, None] != proxies.camera
-    loss = F.cross_entropy(
-        logits.masked_fill(other, -torch.inf), proxy, reduction="none"
-    )
+    logits = logits.masked_fill(other, -torch.inf)
+    loss = F.cross_entropy(logits, proxy, reduction="none")
     return reduce(loss, proxies.camera[proxy], reduction)
 
 
@@ -257,9 +241,7 @@ def instance_loss(features: Tensor, *, temperature: float = 0.1) -> Tensor:
     Book: :eq:`instance_loss`
     """
     similarity = features.float() @ features.float().T / temperature
-    similarity = similarity.masked_fill(
-        torch.eye(len(features), dtype=torch.bool, device=features.device), -torch.inf
-    )
+    similarity = similarity.fill_diagonal_(-torch.inf)
     other = torch.arange(len(features), device=features.device)
     return F.cross_entropy(similarity, other.roll(len(features) // 2))
 
@@ -334,9 +316,8 @@ class _Picked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         index, centroids = ctx.saved_tensors
-        of_features = F.embedding_bag(
-            index, centroids, per_sample_weights=gradient, mode="sum"
-        )
+        how: Any = {"per_sample_weights": gradient, "mode": "sum"}
+        of_features = F.embedding_bag(index, centroids, **how)
         return of_features.to(ctx.dtype), None, None, None
 
 
@@ -345,7 +326,6 @@ def _contrast(
     centroids: Tensor,
     similarity: Tensor,
     ranking: Tensor,
-    *,
     positive: Tensor,
     most: int,
     negatives: int,

@@ -63,8 +63,6 @@ def nearest_neighbours(
         own.fill_(-1)  # no row of features is the query itself
     if not (features.sum() + asked.sum()).isfinite():
         raise ValueError("features or queries hold values that are not finite")
-    if len(asked) == 0:
-        return asked.new_empty(0, k), own.new_empty(0, k)
 
     product, m = _coarse_product(asked, features), min(n, 2 * k + 8)
     coarse, candidates = _candidates(product, asked, features, m)
@@ -177,9 +175,8 @@ def _candidates(
                 tile = product(slice(r, r + size), slice(c, c + size)).numpy()
                 _keep_best(tile, r, c, both, value.numpy(), column.numpy())
     else:
-        for some in torch.arange(total, device=device).split(
-            _ELEMENTS["cuda"] // n + 1
-        ):
+        rows = torch.arange(total, device=device)
+        for some in rows.split(_ELEMENTS["cuda"] // n + 1):
             value[some], column[some] = product(some, slice(None)).topk(m)
     column, order = column.sort(dim=1)
     return value.gather(1, order), column

@@ -20,17 +20,11 @@ def images(n: int, *, pids: list[int] | None = None) -> ImageSet:
     return ImageSet(paths, torch.arange(n) % 3, column, grey_range=(7, 9))
 
 
-def test_columns_must_have_equal_length_and_be_int64() -> None:
+def test_columns_must_have_equal_length() -> None:
     paths = [Path("a.jpg"), Path("b.jpg")]
     two = torch.zeros(2, dtype=torch.int64)
-    for columns in (
-        (two, None, ["a"]),
-        (two, None, None, ""),
-    ):
+    for columns in ((two[:1],), (two, two[:1]), (two, None, ["a"])):
         with pytest.raises(ValueError, match="as long as there are paths"):
-            ImageSet(paths, *columns)
-    for columns in ((two[:1],), (two, two[:1]), (two.int(),), (two, two.float())):
-        with pytest.raises(ValueError, match="must be int64, one for each path"):
             ImageSet(paths, *columns)
 
 

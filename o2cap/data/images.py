@@ -22,8 +22,8 @@ from o2cap.errors import InputError
 logger = logging.getLogger("o2cap")
 
 PICTURE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp"),
-    *(".webp", ".tif", ".tiff", ".gif"),
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff"),
+    ".gif",
 )
 # Not read, but counted, so that nobody misses them unawares.
 OTHER_SUFFIXES = (".heic", ".heif", ".avif", ".jp2", ".dng", ".mp4", ".avi", ".mov")
@@ -145,7 +145,7 @@ class ImageSet:
     Raises
     ------
     ValueError
-        When the columns differ in length or are not int64.
+        When the columns differ in length.
     """
 
     paths: Sequence[Path]
@@ -156,14 +156,9 @@ class ImageSet:
     grey_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        n = len(self.paths)
-        for names in (self.cameras, self.identities):
-            if names is not None and len(names) != n:
-                raise ValueError("every column must be as long as there are paths")
-        for numbers in (self.camids, self.pids):
-            right = torch.int64, (n,)
-            if numbers is not None and (numbers.dtype, numbers.shape) != right:
-                raise ValueError("camids and pids must be int64, one for each path")
+        columns = (self.camids, self.pids, self.cameras, self.identities)
+        if any(len(c) != len(self.paths) for c in columns if c is not None):
+            raise ValueError("every column must be as long as there are paths")
 
     def __len__(self) -> int:
         return len(self.paths)
