@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -10,7 +11,6 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,8 +23,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 from o2cap import config as settings
 from o2cap import evaluation, features, trainer
@@ -1227,54 +1225,27 @@ def test_a_dead_program_holds_nothing(
 # ------------------------------------------------------------------- on an accelerator
 
 
-class Watch(TorchDispatchMode):
-    """Counts the operations on a device, and notes those that cross from the CPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kernels, self.crossings = 0, []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        found = func(*args, **(kwargs or {}))
-        leaves = tree_flatten((args, kwargs, found))[0]
-        devices = {x.device.type for x in leaves if isinstance(x, Tensor) and x.dim()}
-        self.kernels += "meta" in devices
-        self.crossings += [str(func)] * (len(devices) > 1)
-        return found
-
-
 @pytest.mark.parametrize("method", ["both", "baseline", "intra"])
 def test_a_step_on_an_accelerator_sends_nothing_and_waits_for_nothing(
-    method: Any, data: ReIDDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: Any,
+    data: ReIDDataset,
+    tmp_path: Path,
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The device is torch's meta, which has no numbers to look at or to send."""
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    monkeypatch.syspath_prepend(str(root))
+    launches = importlib.import_module("benchmarks.launches")
     config = tiny.config(tmp_path, method=method)
-    meta = torch.device("meta")
-    model = trainer.build_model("tiny_resnet", "none", height=32, width=16)
-    pixels = torch.zeros(54, 32, 16, 3, dtype=torch.uint8, device=meta)
-    hardware = trainer.Hardware(meta, "off", 1)
-    learner = trainer.Learner(config, hardware, model, pixels, data.train)
-    clusters = torch.arange(54) % 6
-    proxies = trainer.make_proxies(clusters, data.train.camids, config)
-    memory = trainer.ProxyMemory(torch.zeros(len(proxies), 96, device=meta))
-    there = proxies.to(meta)
-    vars(there)["most_per_cluster"] = proxies.most_per_cluster  # once an epoch
-    generator = learner.begin("train", 0, 1e-3)
-    batches = torch.arange(48).view(6, 8)
-    proxy = proxies.label[batches].to(meta)
-    steps = zip(proxy, learner.pictures(batches, generator), strict=True)
-    counted = []
-    for number, (own, pictures) in enumerate(steps):
-        with Watch() as watch:
-            anchors = learner.embed(pictures)
-            losses = trainer.method_losses(config, anchors, own, memory, there)
-            learner.step(losses)
-            memory.update(anchors.detach(), own)
-        assert watch.crossings == []
-        counted.append(watch.kernels)
-        if number:
-            assert watch.kernels == counted[1]
-    assert counted[1] > 100
+    first, *later = launches.count(config, torch.arange(54) % 6, data.train)
+    assert len(later) == config.iterations - 1 >= 2
+    for step in (first, *later):
+        assert step.pop("drawn singly").copies == 6  # the count counts
+    # Before the first step the plan of the epoch is sent, and after it Adam has room.
+    plan, began = first.pop("pictures"), first.pop("update")
+    assert plan.copies > 0 and began.launches > later[0]["update"].launches
+    assert all(part.copies == 0 for part in first.values())
+    assert all(part.copies == 0 for step in later for part in step.values())
+    for step in later:
+        for name, part in step.items():
+            assert part.launches == later[0][name].launches > 0, name
