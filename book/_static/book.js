@@ -6,3 +6,20 @@ addEventListener("load", () => {
     if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
   }
 });
+// An appendix at a chapter's end is folded; a link into it opens it.
+addEventListener("DOMContentLoaded", () => {
+  for (const section of document.querySelectorAll(".bd-article section[id^='appendix']")) {
+    const [heading, ...rest] = section.children;
+    const fold = document.createElement("details"), summary = document.createElement("summary");
+    summary.textContent = "Show the appendix";
+    fold.append(summary, ...rest);
+    heading.after(fold);
+    const open = () => {
+      const aim = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+      if (aim && (aim === section || fold.contains(aim))) { fold.open = true; aim.scrollIntoView(); }
+    };
+    addEventListener("hashchange", open);
+    addEventListener("beforeprint", () => { fold.open = true; });
+    open();
+  }
+});
