@@ -125,7 +125,7 @@ def evaluate(
         if dataset is None and root is None and found.fingerprint() != known:
             said = f"{run} was trained on other pictures than its settings name now"
             raise InputError(f"{said}; give --dataset and --root.")
-        check_parts(found, train=False, same_camera=same_camera)
+        check_parts(found, train=False)
         evaluator = Evaluator(config, found, hardware)
         if not evaluator.decoded:
             said = f"The data set {found.name} has no query and no gallery"

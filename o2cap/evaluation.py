@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -143,7 +142,7 @@ def evaluate_retrieval(
     if left_out == total:
         raise InputError(
             "No query has a match from another camera in the gallery: check the pid "
-            "and camid columns of both splits."
+            "and camid of both (or o2cap evaluate RUN --same-camera keep)."
         )
     if left_out:
         logger.warning(f"{left_out} of {total} queries have no match and are left out")
@@ -272,7 +271,7 @@ class Evaluator:
         if not self.decoded:
             return {}
         (_, query), (_, gallery) = self.decoded
-        assert query.pids is not None and gallery.pids is not None  # see check_parts
+        assert query.pids is not None and gallery.pids is not None
         labels = query.pids, gallery.pids, query.camids, gallery.camids
         known = *self.features(model), *labels
         return distributed.on_first(evaluate_retrieval, *known).record()
@@ -319,7 +318,7 @@ def assess(
     InputError
         When no query has a match in the gallery.
     """
-    assert query.pids is not None and gallery.pids is not None  # see check_parts
+    assert query.pids is not None and gallery.pids is not None
     cameras = (query.camids, gallery.camids)
     if same_camera == "keep":
         # As if each picture of the gallery had a camera of its own.
@@ -342,23 +341,18 @@ def assess(
     return record
 
 
-def check_parts(
-    dataset: ReIDDataset, *, train: bool = True, same_camera: str = "drop"
-) -> None:
+def check_parts(dataset: ReIDDataset, *, train: bool = True) -> None:
     """Refuse a data set that cannot be trained on or evaluated with.
 
     Parameters
     ----------
     train : bool
         Whether it is to be trained on.
-    same_camera : "drop" or "keep"
-        As for :func:`assess`.
 
     Raises
     ------
     InputError
-        For no training pictures; a gallery without queries, or the reverse; or
-        pictures there of which no identity is known, or none that can be found.
+        For no training pictures; and for a gallery without queries, or the reverse.
     """
     if train and len(dataset.train) == 0:
         raise InputError(f"The data set {dataset.name} has no training pictures.")
@@ -368,23 +362,3 @@ def check_parts(
                 f"The data set {dataset.name} has a {has} but no {lacks}; evaluation "
                 "needs both (training alone needs neither)."
             )
-    if not len(dataset.query):
-        return
-    query, gallery = _seen(dataset.query), _seen(dataset.gallery)
-    cameras = Counter(pid for pid, _ in query | gallery)
-    both = {pid for pid, _ in query} & {pid for pid, _ in gallery}
-    # Seen by two cameras in all, some query of an identity in both has a match.
-    if not any(same_camera == "keep" or cameras[pid] > 1 for pid in both):
-        raise InputError(
-            f"The data set {dataset.name} cannot be evaluated with: no query has a "
-            "picture of its identity in the gallery, from another camera (which "
-            "o2cap evaluate --same-camera keep does not ask for)."
-        )
-
-
-def _seen(images: ImageSet) -> set[tuple[int, int]]:
-    """Return the pairs of identity and camera."""
-    if images.pids is None:
-        return set()
-    pairs = zip(images.pids.tolist(), images.camids.tolist(), strict=True)
-    return {(pid, camid) for pid, camid in pairs if pid >= 0}
