@@ -122,17 +122,13 @@ class RunDirectory:
             return
         if not resume:
             raise InputError(f"--output {self.path} holds a run; choose another one.")
-        there, here = (_decisive(c) for c in (load(known), self.config))
-        differing = [
-            f"{name} is {there[name]} there and {value} here"
-            for name, value in here.items()
-            if there[name] != value
-        ]
-        if differing:
-            raise InputError(
-                f"--output {self.path} belongs to a run with other settings: "
-                f"{'; '.join(differing)}. Choose another --output, or repeat those."
-            )
+        there = _decisive(load(known))
+        for name, here in _decisive(self.config).items():
+            if there[name] != here:
+                raise InputError(
+                    f"--output {self.path} holds a run with other settings ({name} "
+                    f"is {there[name]} there and {here} here); choose another one."
+                )
 
     @first_only
     def _acquire(self) -> None:
@@ -190,12 +186,9 @@ class RunDirectory:
             return
         text = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
         self._write("config.yaml", text)
-        every, there = (
-            {f"{path}\n" for images in part.splits().values() for path in images.paths}
-            for part in (dataset, kept)
-        )
-        if lost := every - there:
-            self._write("unreadable.txt", "".join(sorted(lost)))
+        parts = zip(dataset.splits().values(), kept.splits().values(), strict=True)
+        if lost := {p for every, some in parts for p in {*every.paths} - {*some.paths}}:
+            self._write("unreadable.txt", "".join(f"{path}\n" for path in sorted(lost)))
         self._write("environment.json", json.dumps(environment, indent=2))
 
     def restore(self) -> dict[str, Any] | None:

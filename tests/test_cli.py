@@ -307,19 +307,6 @@ def test_settings_that_cannot_work_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_output_of_other_settings_is_refused(
-    run: Path, folder: Path, o2cap_: Command
-) -> None:
-    before = snapshot(run)
-    changed = {"seed": 4, "clustering.eps": 0.4}
-    code, out, err = o2cap_(*training(folder / "manifest.csv", run, **changed))
-    assert (code, out) == (2, "")
-    said = one_sentence(err)
-    assert "seed is 0 there and 4 here" in said
-    assert "clustering.eps is 0.5 there and 0.4 here" in said
-    assert snapshot(run) == before
-
-
 def test_a_fault_of_training_is_code_1(
     folder: Path, tmp_path: Path, o2cap_: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -148,11 +148,9 @@ def test_when_all_names_differ_it_is_another_data_set(tmp_path: Path) -> None:
 def test_many_broken_names_are_counted_and_some_named(market: Path) -> None:
     plant(market, [f"query/{i}.jpg" for i in range(1234)])
     plant(market, ["bounding_box_train/x.jpg"])
-    with pytest.raises(InputError, match=r"There are 1 more") as caught:
+    both = r"1 \(x\.jpg\); move .* 1,234 \(0\.jpg, 1\.jpg, 10\.jpg, …\)"
+    with pytest.raises(InputError, match=both):
         load_dataset("market1501", market)
-    assert "(x.jpg); move" in str(caught.value)
-    problems = verify_dataset("market1501", market).problems
-    assert "1,234 (0.jpg, 1.jpg, 10.jpg, …)" in problems[1]
 
 
 def test_counts_that_differ_are_told_and_in_strict_mode_refused(
@@ -279,7 +277,7 @@ def test_msmt17_lists_that_do_not_fit(tmp_path: Path) -> None:
     root = msmt17(tmp_path / "MSMT17_V1", "train", "test")
     (root / "test/0001/0001_001_09_0303morning_0001_2.jpg").unlink()
     with pytest.raises(
-        InputError, match=r"list_gallery.txt do not exist: 1 \(0001/0001"
+        InputError, match=r"list_gallery.txt do not exist: 1 \(.*0001/0001"
     ):
         load_dataset("msmt17", root)
     for line in (

@@ -74,9 +74,7 @@ def load_dataset(
         raise InputError(unknown("The data set", name, [*EMBEDDED, *READERS]))
     reading = read_dataset(name, root, skip_missing, **options)
     if reading.problems:
-        more = len(reading.problems) - 1
-        rest = f" There are {more} more problems: o2cap data verify." if more else ""
-        raise InputError(reading.problems[0] + rest)
+        raise InputError(" ".join(reading.problems))
     if differences := reading.differences():
         reading.notes.append(
             f"{name} in {root} is not as published: {'; '.join(differences)}. "

@@ -21,10 +21,8 @@ from o2cap.errors import InputError
 
 logger = logging.getLogger("o2cap")
 
-PICTURE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff"),
-    ".gif",
-)
+_READ = ("jpg", "jpeg", "jpe", "jfif", "png", "bmp", "webp", "tif", "tiff", "gif")
+PICTURE_SUFFIXES = tuple(f".{ending}" for ending in _READ)
 # Not read, but counted, so that nobody misses them unawares.
 OTHER_SUFFIXES = (".heic", ".heif", ".avif", ".jp2", ".dng", ".mp4", ".avi", ".mov")
 
@@ -156,8 +154,9 @@ class ImageSet:
     grey_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        columns = (self.camids, self.pids, self.cameras, self.identities)
-        if any(len(c) != len(self.paths) for c in columns if c is not None):
+        numbers = [c.shape for c in (self.camids, self.pids) if c is not None]
+        names = [(len(c),) for c in (self.cameras, self.identities) if c is not None]
+        if {*numbers, *names} != {(len(self.paths),)}:
             raise ValueError("every column must be as long as there are paths")
 
     def __len__(self) -> int:

@@ -261,7 +261,7 @@ def _msmt17(root: Path, skip_unreadable: bool) -> Reading:
     parts: dict[str, list[Picture]] = {}
     problems, shift = [], 0
     for part in ("train", "val", "query", "gallery"):
-        place, missing = base / f"list_{part}.txt", []
+        place = base / f"list_{part}.txt"
         folder = base / folders[part in ("query", "gallery")]
         pictures = parts.setdefault(part, [])
         lines = place.read_text("utf-8-sig", "replace").splitlines()
@@ -274,8 +274,7 @@ def _msmt17(root: Path, skip_unreadable: bool) -> Reading:
                 )
             path, camid, pid = folder / match[1], int(match[2]) - 1, int(match[3])
             pictures.append((path, camid, pid + shift, "", ""))
-            if not path.is_file():
-                missing.append(match[1])
+        missing = [str(path) for path, *_ in pictures if not path.is_file()]
         defect = f"Pictures named in {place} do not exist"
         problems += _sentence(defect, missing, "unpack the archive again")
         if part == "val":
@@ -354,11 +353,9 @@ def _manifest(path: Path, skip_unreadable: bool) -> Reading:
         raise InputError(f"{path} is not UTF-8 text; save it as CSV UTF-8.") from error
     except (csv.Error, ValueError) as error:
         raise InputError(f"{path}, line {reader.line_num}: {error}.") from error
-    absent = _sentence(
-        f"Pictures named in {path} do not exist, or may not be read",
-        missing,
-        f"relative paths start from {path.parent} (train --skip-unreadable True skips)",
-    )
+    defect = f"Pictures named in {path} do not exist, or may not be read"
+    where = f"relative paths start from {path.parent} (--skip-unreadable True skips)"
+    absent = _sentence(defect, missing, where)
     reading = Reading(_dataset("manifest", *parts.values(), root=path.parent))
     (reading.notes if skip_unreadable else reading.problems).extend(absent)
     return reading
@@ -418,16 +415,14 @@ def _folders(root: Path, skip_unreadable: bool) -> Reading:
         defect = f"Pictures in {root} lie beside the camera folders"
         remedy = "move each into the folder of its camera, or see o2cap data manifest"
         raise InputError(*_sentence(defect, loose, remedy))
-    pictures, found = [], {}
-    for camid, name in enumerate(sorted(cameras, key=_natural)):
+    pictures, found, names = [], {}, sorted(cameras, key=_natural)
+    for camid, name in enumerate(names):
         pictures += [(path, camid, -1, name, "") for path in cameras[name]]
         found[f"images of camera {camid}, {name}"] = len(cameras[name])
     sizes = f"{min(found.values()):,} to {max(found.values()):,} pictures"
-    notes = _sentence(
-        f"Each folder in {root} is taken for a camera, of {sizes}",
-        sorted(cameras, key=_natural),
-        "if they are persons or splits, see o2cap data manifest",
-    )
+    taken = f"Each folder in {root} is taken for a camera, of {sizes}"
+    remedy = "if they are persons or splits, see o2cap data manifest"
+    notes = _sentence(taken, names, remedy)
     dataset = _dataset("folders", pictures, [], [])
     return Reading(dataset, found={"train": found}, notes=notes)
 
