@@ -190,7 +190,7 @@ def decode(
     together = distributed.on_this_machine()
     pixels = _room((len(images), height, width, 3), together[0])
     own = distributed.share(len(images), together)
-    mine = images.select(torch.arange(len(images))[own])
+    mine = images.without_identities().select(torch.arange(len(images))[own])
     workers = workers or -(-(os.cpu_count() or 1) // len(together))
     found = read_pictures(mine, pixels[own], workers)
     found = {own.start + i: fault for i, fault in found.items()}
