@@ -384,7 +384,6 @@ def guard(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Guarded]]:
     for owner, name in (
         (ReIDDataset, "fingerprint"),
         (ReIDDataset, "counts"),
-        (trainer, "check_parts"),
         (trainer, "clustering_quality"),
         (evaluation, "evaluate_retrieval"),
     ):
@@ -427,8 +426,7 @@ def test_test_identities_only_reach_the_evaluation(
 ) -> None:
     parts = {"query": guarded(data.query), "gallery": guarded(data.gallery)}
     train(tiny.config(tmp_path), replace(data, **parts))
-    about = {"fingerprint", "counts", "check_parts"}
-    assert guard.readers == about | {"evaluate_retrieval"}
+    assert guard.readers == {"fingerprint", "counts", "evaluate_retrieval"}
 
 
 # ------------------------------------------------------------------ labels given openly
@@ -661,22 +659,6 @@ def test_own_pictures_are_trained_on_and_not_evaluated(
         (lambda d: replace(d, query=empty(d.query)), "has a gallery but no query"),
         (lambda d: replace(d, gallery=empty(d.gallery)), "has a query but no gallery"),
         (lambda d: replace(d, train=empty(d.train)), "no training pictures"),
-        (
-            lambda d: replace(d, query=d.query.without_identities()),
-            "no query has a picture of its identity",
-        ),
-        (
-            lambda d: replace(d, gallery=replace(d.gallery, pids=d.gallery.pids + 99)),
-            "no query has a picture of its identity",
-        ),
-        (
-            lambda d: replace(
-                d,
-                query=replace(d.query, camids=d.query.camids * 0),
-                gallery=replace(d.gallery, camids=d.gallery.camids * 0),
-            ),
-            "from another camera",
-        ),
     ],
 )
 def test_data_that_cannot_be_used_are_refused_at_first(
@@ -1014,13 +996,10 @@ def test_a_checkpoint_does_not_say_how_this_device_computes(
 
 def test_other_settings_are_refused_and_named(whole: Path, data: ReIDDataset) -> None:
     before = snapshot(whole)
-    changed = tiny.config(whole, seed=3, loss=LossConfig(temperature=0.1))
-    with pytest.raises(InputError) as caught:
+    changed = tiny.config(whole, loss=LossConfig(temperature=0.1))
+    said = r"\(loss\.temperature is 0\.07 there and 0\.1 here\)"
+    with pytest.raises(InputError, match=said):
         train(changed, data)
-    said = str(caught.value)
-    assert "seed is 0 there and 3 here" in said
-    assert "loss.temperature is 0.07 there and 0.1 here" in said
-    assert "epochs" not in said
     assert snapshot(whole) == before
 
 
