@@ -19,6 +19,7 @@ import logging
 import os
 import signal
 import statistics
+import subprocess
 import tempfile
 import time
 import warnings
@@ -584,12 +585,15 @@ def measure(output: Path, minutes: float, toy: bool = False) -> Item:
     sizes = TOY if toy else Sizes()
     has_gpu = torch.cuda.is_available() and not toy
     bench = Bench(sizes, "cuda" if has_gpu else "cpu")
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True)
     record: Item = {
         "date": time.strftime("%Y-%m-%d"),
         "GPU": torch.cuda.get_device_name() if has_gpu else "none",
         "toy": toy,
         "sizes": json.loads(json.dumps(asdict(sizes))),
         "versions": versions(),
+        "commit": commit.stdout.strip() or None,
         "items": {},
         "rows": [],
     }
@@ -625,13 +629,14 @@ def with_ratios(record: Item) -> Item:
     items = record["items"]
     for name, item in items.items():
         if name.startswith("training") and "ms/step" in item:
-            precision, batch = item["precision"], f"training, batch {item['batch']}"
+            batch, _, precision = name.rsplit(", ", 2)
             peak = items.get(f"matrix products, {precision}", {})
             plain = items.get(f"{batch}, plain", {})
             eager = items.get(f"{batch}, eager, {precision}", {})
             work = eager.get("tera-operations/step")
             kernels = items.get(f"a step's kernels, {precision}", {})
-            if item["batch"] == record["sizes"]["batches"][0] and len(kernels) > 1:
+            first = record["sizes"]["batches"][0]
+            if f" {first}, " in name and "compiled" not in name and len(kernels) > 1:
                 item["GPU busy"] = kernels["in all, ms/step"] / item["ms/step"]
             if work and "tera-operations/s" in peak:
                 reached = 1e3 * work / item["ms/step"]
