@@ -74,10 +74,9 @@ def count(config: Config, clusters: Tensor, images: ImageSet) -> Iterator[Any]:
     meta = torch.device("meta")
     with mock.patch("torch.autocast", lambda *_, **__: nullcontext()):
         size = {"height": config.height, "width": config.width}
-        model = build_model(config.backbone, "none", **size)
-        pixels = torch.zeros(
-            len(images), *size.values(), 3, dtype=torch.uint8, device=meta
-        )
+        with meta:
+            model = build_model(config.backbone, "none", **size)
+            pixels = torch.zeros(len(images), *size.values(), 3, dtype=torch.uint8)
         hardware = Hardware(meta, "off", 1)
         learner = Learner(config, hardware, model, pixels, images)
         for group in learner.optimizer.param_groups:
