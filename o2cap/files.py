@@ -66,10 +66,8 @@ def check_writable(path: Path) -> None:
     """
     path = path.expanduser()
     place = next(p for p in path.absolute().parents if p.exists())
-    if path.is_dir():
-        raise InputError(f"{path} cannot be written: it is a folder.")
-    if not (place.is_dir() and os.access(place, os.W_OK)):
-        reason = f"{place} is no folder that may be written to"
+    if path.is_dir() or not (place.is_dir() and os.access(place, os.W_OK)):
+        reason = f"it is a folder, or {place} is none that may be written to"
         raise InputError(f"{path} cannot be written: {reason}.")
 
 

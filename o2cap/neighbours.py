@@ -14,6 +14,7 @@ import numba
 import torch
 from torch import Tensor
 
+Rows = slice | Tensor
 _TILE = {"cpu": 2048}  # rows and columns of a product, where a compiled loop reads it
 _ELEMENTS = {"cpu": 2**22, "cuda": 2**28}  # similarities held at once
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
@@ -67,11 +68,19 @@ def nearest_neighbours(
     product, m = _coarse_product(asked, features), min(n, 2 * k + 8)
     coarse, candidates = _candidates(product, asked, features, m)
 
-    def exact(some: slice | Tensor, columns: Tensor, among: Tensor) -> Tensor:
+    def exact(some: Rows, columns: Tensor, among: Tensor) -> Tensor:
         start = torch.nn.functional.pad(among.sum(1).cumsum(0), (1, 0))
         found = torch.full(columns.shape, -torch.inf, device=device)
         found[among] = pair_similarity(asked[some], features, start, columns[among])
         return found
+
+    def first(some: Rows, columns: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
+        """The k first of some rows: itself, then the most similar, ties by column."""
+        itself = columns == own[some, None]
+        true = exact(some, columns, among | itself)
+        key = true.masked_fill(itself, torch.inf)
+        order = key.sort(dim=1, descending=True, stable=True).indices[:, :k]
+        return true.gather(1, order), columns.gather(1, order)
 
     # How far is the coarse product off? The largest error of a sample is about 4 times
     # the standard deviation of rounding; no pair is to be expected beyond 8 times.
@@ -81,29 +90,18 @@ def nearest_neighbours(
     # One of the true k best is no more than one error worse than the coarse k-th, and
     # its coarse similarity may lie one more error lower.
     bar = coarse.topk(k).values[:, -1:] - 2 * error
-    itself = candidates == own[:, None]
-    true = exact(slice(None), candidates, (coarse >= bar) | itself)
-    similarity, index = _first(k, true, candidates, own)
+    similarity, index = first(slice(None), candidates, coarse >= bar)
 
     # In a crowd of near ties the last candidate, too, may be one of the k best, and so
     # may others; and a row of another length than 1 may be no candidate of its own:
     # there, all rows are looked at.
     crowded = coarse.amin(1) >= similarity[:, -1] - error
-    crowded = (crowded | ((own >= 0) & ~itself.any(1))).nonzero()[:, 0]
+    crowded = (crowded | ((own >= 0) & (index[:, 0] != own))).nonzero()[:, 0]
     for some in crowded.split(_ELEMENTS[device.type] // n + 1) if m < n else ():
         whole = product(some, slice(None))
         columns = torch.arange(n, device=device).expand_as(whole)
-        itself = columns == own[some, None]
-        true = exact(some, columns, (whole >= bar[some]) | itself)
-        similarity[some], index[some] = _first(k, true, columns, own[some])
+        similarity[some], index[some] = first(some, columns, whole >= bar[some])
     return similarity, index
-
-
-def _first(k: int, true: Tensor, columns: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """The k first of each row: itself, then the most similar, ties by column."""
-    key = true.masked_fill(columns == own[:, None], torch.inf)
-    order = key.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return true.gather(1, order), columns.gather(1, order)
 
 
 def pair_similarity(a: Tensor, b: Tensor, start: Tensor, column: Tensor) -> Tensor:
@@ -153,7 +151,7 @@ def _coarse_product(asked: Tensor, features: Tensor) -> Callable[..., Tensor]:
     a, shift_a, step_a = gallery if asked is features else code(asked)
     multiply = torch._int_mm if in_int8 else torch.mm
 
-    def product(rows: slice | Tensor, columns: slice) -> Tensor:
+    def product(rows: Rows, columns: slice) -> Tensor:
         found = multiply(a[rows], b[columns].T).float().mul_(step_a * step_b)
         return found.add_(shift_b[columns]).add_(shift_a[rows, None])
 

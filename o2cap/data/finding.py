@@ -70,11 +70,9 @@ def find_pictures(
     if layout := name_layout(list(found)):
         names = [f"c{camid}" for camid in layout[0].tolist()]
     for name in sorted({*names} - {"", *numbers}):
-        ending, taken = re.search(r"\d+$", name), {*numbers.values()}
+        end, taken = re.search(r"\d+$", name), {*numbers.values()}
         free = max(taken, default=-1) + 1
-        numbers[name] = (
-            int(ending[0]) if ending and int(ending[0]) not in taken else free
-        )
+        numbers[name] = free if end is None or int(end[0]) in taken else int(end[0])
     camids = torch.tensor([numbers.get(n, -1) for n in names], dtype=torch.int64)
     return ImageSet(list(found), camids, cameras=names)
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 # Mean and standard deviation of ImageNet's colours: what torchvision's weights expect.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+PAD = 10 / 256
 
 
 @lru_cache(maxsize=16)
@@ -62,7 +63,7 @@ def draw_changes(
     generator: Generator,
     *,
     flip: float = 0.5,
-    pad: float = 10 / 256,
+    pad: float = PAD,
     erase: float = 0.5,
 ) -> Changes:
     """Draw the changes to n batches of B pictures.
@@ -90,7 +91,7 @@ def draw_changes(
 
 
 def change(
-    pixels: Tensor, changes: Changes, *, pad: float = 10 / 256, jitter: float = 0.0
+    pixels: Tensor, changes: Changes, *, pad: float = PAD, jitter: float = 0.0
 ) -> Tensor:
     """Apply changes to a batch and normalise it, on the device where it lies.
 
@@ -124,27 +125,23 @@ def change(
 
 
 def augment(
-    pixels: Tensor,
-    generator: Generator,
-    *,
-    flip: float = 0.5,
-    pad: float = 10 / 256,
-    erase: float = 0.5,
-    jitter: float = 0.0,
+    pixels: Tensor, generator: Generator, *, jitter: float = 0.0, **how: float
 ) -> Tensor:
     """Change one batch at random: :func:`draw_changes`, then :func:`change`."""
-    shape = (1, *pixels.shape[:3])
-    drawn = draw_changes(shape, generator, flip=flip, pad=pad, erase=erase)
-    return change(pixels, drawn.select(0).to(pixels.device), pad=pad, jitter=jitter)
+    changes = draw_changes((1, *pixels.shape[:3]), generator, **how).select(0)
+    pad = how.get("pad", PAD)
+    return change(pixels, changes.to(pixels.device), pad=pad, jitter=jitter)
 
 
-# On a CPU slices, picture by picture, are several times faster than one gather; on a
-# GPU each would be a kernel to launch. So the next two functions know both ways.
+def _by_picture(device: torch.device) -> bool:
+    # On a CPU slices, picture by picture, are several times faster than one gather;
+    # on a GPU each would be a kernel to launch.
+    return device.type == "cpu"
 
 
 def _erase(pictures: Tensor, boxes: Tensor) -> None:
     """Set a rectangle in each picture to 0; `boxes` is as :func:`_boxes` returns it."""
-    if pictures.is_cpu:
+    if _by_picture(pictures.device):
         for picture, box in zip(pictures, boxes.tolist(), strict=True):
             picture[:, box[0] : box[2], box[1] : box[3]] = 0
         return
@@ -162,7 +159,7 @@ def _moved(pixels: Tensor, border: int, start: Tensor, mirror: Tensor) -> Tensor
     """
     height, width = pixels.shape[1:3]
     framed = F.pad(pixels, (0, 0, border, border, border, border))
-    if pixels.is_cpu:
+    if _by_picture(pixels.device):
         windows = []
         places = zip(framed, start.tolist(), mirror.tolist(), strict=True)
         for picture, (top, left), flip in places:
