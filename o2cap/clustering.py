@@ -253,6 +253,40 @@ def dbscan(distance: csr_array, eps: float = 0.5, min_samples: int = 4) -> Tenso
     return torch.from_numpy(found.labels_.astype(np.int64))
 
 
+def eps_of_most_clusters(
+    distance: csr_array, min_samples: int = 4
+) -> tuple[float, int, int]:
+    """Try eps = 0.05, 0.1, ..., 0.8, and return the one with most clusters.
+
+    With a small eps most images are outliers, with a large one clusters run together;
+    the number of clusters has its peak between the two. That peak is advice for who has
+    no labels and too few clusters, no optimum: an eps a little above it is often
+    better, one far above it never. (Single images, which are clusters where
+    `min_samples` is 1, do not count.)
+
+    Parameters
+    ----------
+    distance : csr_array [N, N]
+        As for :func:`dbscan`, up to a distance of 0.8.
+    min_samples : int
+        As for :func:`dbscan`.
+
+    Returns
+    -------
+    eps : float
+        The largest one of those with most clusters.
+    clusters, outliers : int
+        What it makes.
+    """
+    found = []
+    for eps in (step / 20 for step in range(1, 17)):
+        labels = dbscan(distance, eps, min_samples)
+        several = labels[labels >= 0].bincount() > 1
+        found.append((int(several.sum()), eps, int((labels < 0).sum())))
+    clusters, eps, outliers = max(found)
+    return eps, clusters, outliers
+
+
 def _checked(
     neighbours: tuple[Tensor, Tensor], n: int, k: int, nobody: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:

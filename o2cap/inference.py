@@ -29,7 +29,7 @@ from o2cap.features import extract_all, standardise_by_camera
 from o2cap.files import read_json, replacing, write_csv
 from o2cap.run import load_model
 from o2cap.sheets import contact_sheet, ranked_lists
-from o2cap.trainer import find_clusters
+from o2cap.trainer import advise, find_clusters
 
 _BLOCK_ELEMENTS = 2**24  # distances held at once (64 MiB)
 
@@ -99,7 +99,8 @@ def load_embedding(path: Path) -> Embedding:
         images = ImageSet([Path(path) for path in paths], camids, None, *names)
         length = features.norm(dim=-1)  # standardised ones may be 0
         right = ((length - 1).abs() < 1e-3) | (length == 0)  # False where not finite
-        if features.shape[:-1] != camids.shape or not right.all():
+        whole = camids.dtype == torch.int64
+        if features.shape[:-1] != camids.shape or not whole or not right.all():
             raise ValueError("its columns have other shapes or values")
     except Exception as error:  # numpy raises many kinds on damaged files
         raise InputError(
@@ -416,6 +417,8 @@ def cluster(
 ) -> Clustering:
     """Group pictures into pseudo identities, with the run's clustering settings.
 
+    A warning says which `eps` to try where most pictures are left over, or together.
+
     Parameters
     ----------
     run : Path
@@ -439,7 +442,9 @@ def cluster(
     found = embed(run, pictures, device=device, skip_unreadable=skip_unreadable)
     if config.clustering.standardise or config.clustering.distance != "jaccard":
         _cameras("The run's clustering", found.images)
-    clusters = find_clusters(found.features, found.images.camids, config)
+    given = (found.features, found.images.camids, config)
+    clusters = find_clusters(*given)
+    advise(*given, clusters)
     return Clustering(found.images, clusters)
 
 

@@ -11,11 +11,17 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+from scipy.sparse import csr_array
 from torch import Tensor
 
 from o2cap import distributed, losses
 from o2cap.backbone import build_model
-from o2cap.clustering import camera_aware_jaccard, dbscan, jaccard_distance
+from o2cap.clustering import (
+    camera_aware_jaccard,
+    dbscan,
+    eps_of_most_clusters,
+    jaccard_distance,
+)
 from o2cap.config import Config
 from o2cap.data import load_configured
 from o2cap.data.images import ReIDDataset
@@ -135,9 +141,10 @@ def train_epochs(
     """Extract, cluster, split by camera, train; yield the record of each epoch.
 
     `labels` are pseudo labels to use instead of clusters; `pids` are the identities,
-    where known, and only measure.
+    where known, and only measure. Three epochs in a row without two clusters end it.
     """
     config, camids = learner.config, learner.images.camids
+    idle, told = 0, "pseudo_labels hold less than two clusters"
     for epoch in range(run.next_epoch, config.epochs):
         record: Metrics = {"epoch": epoch, "lr": learning_rate(config, epoch)}
         seconds: dict[str, float] = {}
@@ -153,9 +160,14 @@ def train_epochs(
             memory = ProxyMemory.from_features(features, proxies, config.loss.momentum)
             distributed.copy_buffers(memory)
         record |= describe_clusters(clusters, camids, pids)
+        idle = 0 if record["clusters"] > 1 else idle + 1
+        if labels is None and (idle or epoch == 0):
+            told = distributed.on_first(advise, features, camids, config, clusters)
         with stage("train", seconds):
-            if can_train(record):
+            if not idle:
                 record |= train_epoch(learner, memory, proxies, epoch)
+            else:
+                record["skipped"] = True
         with stage("evaluate", seconds):
             if epoch + 1 == config.epochs or (epoch + 1) % config.evaluate_every == 0:
                 record |= evaluator.record(learner.model)
@@ -164,6 +176,8 @@ def train_epochs(
         run.record(record, clusters)
         run.save(learner.state(), epoch)
         yield record
+        if idle == 3:
+            raise InputError(f"In three epochs nothing could be told apart: {told}.")
 
 
 def train_epoch(
@@ -251,24 +265,61 @@ def find_clusters(features: Tensor, camids: Tensor, config: Config) -> Tensor:
     config : Config
         Its `clustering` says how.
     """
+    eps = config.clustering.eps  # DBSCAN asks for no distance above it
+    distance = find_distance(features, camids, config, eps)
+    clusters = dbscan(distance, eps, config.clustering.min_samples)
+    if config.clustering.drop_single_camera and len(camids.unique()) > 1:
+        clusters = drop_single_camera(clusters, camids)
+    return clusters
+
+
+def find_distance(
+    features: Tensor, camids: Tensor, config: Config, max_distance: float
+) -> csr_array:
+    """Return the distance that the settings name, as :func:`jaccard_distance` does."""
     settings = config.clustering
     if settings.standardise:
         features = standardise_by_camera(features, camids)
-    # With one camera no list and no cluster reaches across cameras: the plain distance
-    # serves, and no cluster is dropped. DBSCAN asks for no distance above eps.
-    eps, several = settings.eps, len(camids.unique()) > 1
-    if settings.distance == "camera_aware" and several:
+    # With one camera no list reaches across cameras: the plain distance serves.
+    if settings.distance == "camera_aware" and len(camids.unique()) > 1:
         names = ("k1_intra", "k1_inter", "k2_intra", "k2_inter")
         lengths: dict[str, Any] = {name: getattr(settings, name) for name in names}
-        lengths["max_distance"] = eps
-        distance = camera_aware_jaccard(features, camids, **lengths)
+        lengths["max_distance"] = max_distance
+        return camera_aware_jaccard(features, camids, **lengths)
+    k1, k2 = settings.k1, settings.k2
+    return jaccard_distance(features, k1, k2, max_distance=max_distance)
+
+
+def advise(features: Tensor, camids: Tensor, config: Config, clusters: Tensor) -> str:
+    """Warn of clusters that are fewer than two, or that leave most pictures out.
+
+    Parameters
+    ----------
+    features, camids, config
+        As for :func:`find_clusters`.
+    clusters : LongTensor [N]
+        What that found.
+
+    Returns
+    -------
+    str
+        What was said: to which eps to turn, by :func:`eps_of_most_clusters`; or "".
+    """
+    settings, outliers = config.clustering, int((clusters < 0).sum())
+    number = len(clusters.unique()) - (outliers > 0)
+    if number > 1 and 2 * outliers <= len(clusters):
+        return ""
+    distance = find_distance(features, camids, config, 0.8)
+    eps, most, left = eps_of_most_clusters(distance, settings.min_samples)
+    said = f"{len(clusters)} pictures, {number} clusters, {outliers} outliers; "
+    if most > max(number, 1):
+        said += f"eps {eps:g} instead of {settings.eps:g} makes {most} and {left}"
+    elif number < 2:
+        said += "no eps up to 0.8 makes two clusters, shorter lists (k1) may"
     else:
-        k1, k2 = settings.k1, settings.k2
-        distance = jaccard_distance(features, k1, k2, max_distance=eps)
-    clusters = dbscan(distance, eps, settings.min_samples)
-    if settings.drop_single_camera and several:
-        clusters = drop_single_camera(clusters, camids)
-    return clusters
+        return ""
+    logger.warning(said)
+    return said
 
 
 def make_proxies(clusters: Tensor, camids: Tensor, config: Config) -> CameraProxies:
@@ -451,19 +502,6 @@ def describe_clusters(clusters: Tensor, camids: Tensor, pids: Tensor | None) -> 
         # NaN where no clustered picture has a known identity
         found |= {name: value for name, value in scores.items() if value == value}
     return found
-
-
-def can_train(record: Metrics) -> bool:
-    """Say whether there are clusters to tell apart; if not, warn, and note it."""
-    if record["clusters"] >= 2:
-        return True
-    record["skipped"] = True
-    logger.warning(
-        f"epoch {record['epoch']}: {record['clusters']} clusters, so nothing to tell "
-        "apart; no training in this epoch (a larger --clustering.eps or a smaller "
-        "--clustering.min-samples finds more)"
-    )
-    return False
 
 
 def in_words(record: Metrics) -> str:

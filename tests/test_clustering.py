@@ -13,6 +13,7 @@ from o2cap.clustering import (
     camera_aware_jaccard,
     camera_neighbours,
     dbscan,
+    eps_of_most_clusters,
     jaccard_distance,
 )
 from o2cap.features import standardise_by_camera
@@ -442,6 +443,27 @@ def test_a_missing_diagonal_counts_the_point_itself_and_a_zero_is_near():
         assert dbscan(pair, 0.5, 2).tolist() == [0, 0]
         assert dbscan(pair, 0.5, 3).tolist() == [-1, -1]
         assert pair.nnz == 2
+
+
+def test_eps_of_most_clusters():
+    """Two pairs, 0.4 apart, a picture near one of them, and one near nothing."""
+    place = np.array([0, 0.1, 0.5, 0.6, 0.85, 2.0])
+    dense = np.abs(place - place[:, None])
+    near = csr_array(np.where(dense <= 0.8, dense + 1, 0).astype(np.float32))
+    near.data -= 1
+    for min_samples, expected in (
+        (1, (0.35, 2, 0)),
+        (2, (0.35, 2, 1)),
+        (3, (0.8, 1, 1)),
+    ):
+        eps, clusters, outliers = eps_of_most_clusters(near, min_samples)
+        assert (eps, clusters, outliers) == expected
+    features = crowd(200, groups=10, spread=0.4)
+    distance = jaccard_distance(features, max_distance=0.8)
+    eps, clusters, outliers = eps_of_most_clusters(distance)
+    counts = [len(set(dbscan(distance, e / 20).tolist()) - {-1}) for e in range(1, 17)]
+    assert clusters == max(counts) == counts[round(20 * eps) - 1]
+    assert outliers == int((dbscan(distance, eps) < 0).sum())
 
 
 def test_no_cluster():

@@ -461,6 +461,15 @@ def test_cluster_uses_the_settings_of_the_run(
     ]
 
 
+def test_too_few_clusters_come_with_advice(
+    run: Path, embedding: Embedding, caplog: pytest.LogCaptureFixture
+) -> None:
+    few = replace(embedding, images=embedding.images.select(torch.arange(3)))
+    found = cluster(run, replace(few, features=embedding.features[:3]))
+    assert found.clusters.tolist() == [0, 0, 0]
+    assert "3 pictures, 1 clusters, 0 outliers; no eps up to 0.8" in caplog.text
+
+
 def test_a_clustering_that_knows_cameras_needs_them(run: Path, tmp_path: Path) -> None:
     config = tmp_path / "run/config.yaml"
     shutil.copytree(run, config.parent)

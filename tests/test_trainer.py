@@ -26,7 +26,7 @@ from torch import Tensor
 
 from o2cap import config as settings
 from o2cap import evaluation, features, trainer
-from o2cap.config import BatchConfig, LossConfig, WarmStartConfig
+from o2cap.config import BatchConfig, ClusteringConfig, LossConfig, WarmStartConfig
 from o2cap.data.images import ImageSet, ReIDDataset
 from o2cap.errors import InputError, TrainingError
 from o2cap.run import load_model
@@ -380,7 +380,7 @@ def guard(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Guarded]]:
 
         monkeypatch.setattr(owner, name, looking)
 
-    # The record of the data, refusing unusable data, and measuring. No more.
+    # The record of the data, and measuring. No more.
     for owner, name in (
         (ReIDDataset, "fingerprint"),
         (ReIDDataset, "counts"),
@@ -583,7 +583,7 @@ def test_an_epoch_with_nothing_to_tell_apart_is_skipped(
     assert skipped["skipped"] and skipped["clusters"] == clusters
     assert "loss" not in skipped and skipped["mAP"] == result.before["mAP"]
     assert usual["loss"] > 0 and "skipped" not in usual
-    assert f"epoch 0: {clusters} clusters, so nothing to tell apart" in caplog.text
+    assert f"54 pictures, {clusters} clusters, " in caplog.text
 
 
 def test_a_run_of_skipped_epochs_changes_no_weight(
@@ -592,10 +592,43 @@ def test_a_run_of_skipped_epochs_changes_no_weight(
     monkeypatch.setattr(
         trainer, "find_clusters", lambda features, *_: torch.full((len(features),), -1)
     )
-    result = train(tiny.config(tmp_path), data)
-    start = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    result = train(tiny.config(tmp_path / "short"), data)
+    start = torch.load(tmp_path / "short/checkpoint.pt", weights_only=True)
     assert start["optimizer"]["state"] == {}  # not one step
     assert result.final["mAP"] == result.before["mAP"]
+    with pytest.raises(InputError, match=r"In three epochs .* 54 outliers; eps 0\."):
+        train(tiny.config(tmp_path / "long", epochs=20), data)
+    assert len(lines(tmp_path / "long")) == 3
+
+
+@pytest.mark.parametrize(("eps", "k1", "said"), [(0.0, 8, 54), (0.79, 50, 0)])
+def test_bad_clusters_come_with_the_eps_to_try(
+    eps: float, k1: int, said: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Everything is an outlier, or in one cluster: the advice makes several."""
+    centre = torch.eye(6).repeat_interleave(9, 0)
+    features = torch.nn.functional.normalize(centre + 0.2 * torch.randn(54, 6))
+    camids = torch.arange(54) % 3
+    clustering = ClusteringConfig(k1=k1, k2=2, eps=eps)
+    config = tiny.config(Path("run"), clustering=clustering)
+    clusters = trainer.find_clusters(features, camids, config)
+    words = trainer.advise(features, camids, config, clusters)
+    assert words in caplog.text and f"{said} outliers; eps 0." in words
+    better = float(words.split("; eps ")[1].split()[0])
+    changed = replace(clustering, eps=better)
+    found = trainer.find_clusters(features, camids, replace(config, clustering=changed))
+    assert len(found[found >= 0].unique()) > 1
+    assert f"makes {int(found.max()) + 1} and {int((found < 0).sum())}" in words
+    assert not trainer.advise(
+        features, camids, replace(config, clustering=changed), found
+    )
+
+
+def test_no_eps_separates_what_is_one(caplog: pytest.LogCaptureFixture) -> None:
+    features, camids = torch.ones(9, 4) / 2, torch.zeros(9, dtype=torch.int64)
+    config = tiny.config(Path("run"))
+    words = trainer.advise(features, camids, config, torch.zeros_like(camids))
+    assert "no eps up to 0.8 makes two clusters" in words
 
 
 def test_proxies_that_no_batch_reached_are_counted(
