@@ -282,7 +282,7 @@ def test_a_wrong_header_is_refused(tmp_path: Path, o2cap_: Command) -> None:
         (("--preset", "marke1501"), "Did you mean market1501?"),
         (("--dataset", "veri77"), "Did you mean veri776?"),
         (("--dataset", "market1501", "--weights", "none"), "needs --root"),
-        (("--dataset", "msmt17", "--root", "/nowhere"), "--root /nowhere"),
+        (("--dataset", "msmt17", "--root", "/nowhere"), "it is /nowhere"),
         (("--backbone", "resnet55"), "Did you mean resnet"),
         (("--weights", "nowhere.pt"), "weights file nowhere.pt"),
         (("--epochs", "0"), "--epochs is 0"),
@@ -541,7 +541,7 @@ def test_embed_then_search_and_cluster(
             ("search", "{run}", "{one}", "--gallery", "{new}", "-o", "{new}/r.gif"),
             "must end in .png or .json or .csv",
         ),
-        (("embed", "{run}", "{pictures}", "-o", "{one}/f.npz"), "001.png is no folder"),
+        (("embed", "{run}", "{pictures}", "-o", "{one}/f.npz"), "001.png is none that may"),
         (("cluster", "{run}", "{pictures}", "-o", "{new}/c.png"), "must end in .csv"),
         (
             ("cluster", "{run}", "{one}", "-o", "{new}/c.csv", "--eps", "2"),
