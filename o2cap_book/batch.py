@@ -113,8 +113,6 @@ class Job:
         the minutes that it asks of a cluster's node.
     value : number, optional
         Of the setting that the study varies.
-    start : Job, optional
-        The job whose warm start it sets out from; without it, from its own.
     """
 
     method: str
@@ -124,7 +122,6 @@ class Job:
     root: str
     block: Block
     value: float | None = None
-    start: Job | None = None
 
     @property
     def study(self) -> str | None:
@@ -162,14 +159,12 @@ class Job:
 
     def parameters(self, threads: int) -> dict[str, Any]:
         """Return the parameters of the job's notebook."""
-        start = f"jobs/{self.start.name}/run/start.safetensors" if self.start else ""
         return {
             "preset": self.preset,
             "dataset": self.dataset,
             "root": self.root,
             "method": self.method,
             "settings": dict(self.settings),
-            "start": start,
             "output": f"jobs/{self.name}/run",
             "threads": threads,
         }
@@ -268,22 +263,11 @@ def _expand(
     for value, seed in product(block.values, block.seeds):
         if block.setting == "synthetic.seed" and value == seed:
             continue  # the default, which another target holds
-        usual = {**block.settings, "seed": seed}
-        varied = {**usual, block.setting: value} if block.setting else usual
-        plain = make("both", settings=usual | methods["both"])
-        both = make("both", settings=varied | methods["both"], value=value)
+        varied = {**block.settings, "seed": seed}
+        if block.setting:
+            varied[block.setting] = value
         for method in block.methods:
-            job = make(method, settings=varied | methods[method], value=value)
-            same = [s for s in (plain, both) if _warm_start(s) == _warm_start(job)]
-            shares = same and same[0].name != job.name and job.config.weights == "none"
-            yield replace(job, start=same[0]) if shares else job
-
-
-def _warm_start(job: Job) -> Row:
-    """Return the settings on which the warm start depends."""
-    after = ("method", "epochs", "iterations", "optim", "batch", "clustering", "loss")
-    plain = job.config.to_dict()
-    return {k: v for k, v in plain.items() if k not in (*after, *NO_INFLUENCE)}
+            yield make(method, settings=varied | methods[method], value=value)
 
 
 # ------------------------------------------------------------------------ the records
@@ -347,7 +331,7 @@ def collect(
             rows.append(job.key | read_json(place / "record.json"))
         except InputError:
             if place.is_dir() or job.name in expected:
-                failures.append({"job": job.name, "error": _reason(place, job.start)})
+                failures.append({"job": job.name, "error": _reason(place)})
     head = {name: rows[-1][name] if rows else None for name in OF_FILE}
     for name in OF_FILE:
         if any(row[name] != head[name] for row in rows):
@@ -357,10 +341,10 @@ def collect(
     return {**head, "failures": failures, "rows": rows}
 
 
-def _reason(place: Path, start: Job | None) -> str:
+def _reason(place: Path) -> str:
     """Return why a job has no record: the last line of its log names the error."""
     if not place.is_dir():
-        return "It was not begun" + (f"; it needs {start.name}." if start else ".")
+        return "It was not begun."
     with contextlib.suppress(OSError, IndexError):
         text = (place / "log.txt").read_text(encoding="utf-8", errors="replace")
         return text.strip().splitlines()[-1].replace(str(Path.home()), "~")[:300]
