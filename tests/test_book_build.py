@@ -18,11 +18,15 @@ import nbformat
 import papermill
 import psutil
 import pytest
+import torch
 from filelock import FileLock
 from jupyter_client.manager import KernelManager
-from nbformat.v4 import new_code_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import Engine, papermill_engines
+
+from o2cap.losses import offline_loss
+from o2cap.proxies import CameraProxies
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
@@ -284,6 +288,82 @@ def test_two_chapters_run_at_a_time_and_wait_for_shared_runs(
     assert log.index("b") < log.index("c")
     found = build.execute_all({"c": paths["c"]}, tmp_path, {})
     assert found == {"c": {"name": "c"}}
+
+
+def test_a_page_has_its_place_in_the_drawing_its_times_and_named_folds(
+    build: ModuleType, tmp_path: Path
+) -> None:
+    title = "# Offline\n\n:::{admonition} Before\n\nText.\n:::\n\n" + "word " * 900
+    cells = [new_markdown_cell(title, id="title")]
+    for name in ("parameters", "imports", "check-1", "exercise-2-check", "solution-1"):
+        tags = ["parameters"] if name == "parameters" else ["hide-cell"]
+        cells.append(new_code_cell("1", id=name, metadata={"tags": tags}))
+    copy = tmp_path / "offline.ipynb"
+    nbformat.write(new_notebook(cells=cells), copy)
+    record = {"seconds": 3, "memory": 0.4, "machine": "Linux", "profile": "cpu"}
+    found = nbformat.reads(build.with_head(copy, record), as_version=4).cells
+    source = found[0].source
+    assert source.count("aria-current") == 1
+    assert '<a href="offline.html" aria-current="page">' in source
+    assert source.index("# Offline") < source.index("<svg") < source.index(":::{adm")
+    assert "About 10 minutes to read. To run: 3 s and 0.4 GiB" in source
+    folds = [cell.metadata.mystnb.code_prompt_show for cell in found[1:]]
+    wanted = ["the parameters", "the imports", "the check", "the check", "the solution"]
+    assert folds == [f"Show {what}" for what in wanted]
+    assert "hide-input" in found[1].metadata.tags
+    copy = copy.rename(tmp_path / "maps.ipynb")
+    assert "<svg" not in build.with_head(copy, record), "no step of the method"
+
+
+def test_the_drawing_leads_to_chapters() -> None:
+    drawing = (ROOT / "book/_static/pipeline.svg").read_text()
+    named = re.findall(r'href="(\w+)\.html"', drawing)
+    assert named and set(named) <= {path.stem for path in NOTEBOOKS}
+    assert "\n\n" not in drawing, "Markdown would end it there"
+
+
+def test_exercises_are_named_by_their_titles(build: ModuleType) -> None:
+    page = build.exercises_page()
+    links = re.findall(r"^- \[(.+)\]\(#(.+)\)$", page, re.MULTILINE)
+    text = "\n".join(path.read_text() for path in NOTEBOOKS)
+    assert len(links) == len(re.findall(r"\(\w+-exercise-\d\)=", text))
+    assert not [title for title, _ in links if re.match(r"\d|\W", title)]
+
+
+def test_status_says_where_and_sums_up(build: ModuleType) -> None:
+    record = {"seconds": 3, "memory": 0.4, "machine": "M", "profile": "cpu"}
+    record["date"] = "2030-01-01"
+    page = build.status_page({"book/a": record, "book/b": record | {"memory": 2.0}})
+    assert page.count("- profile cpu, on M, 2030-01-01") == 1
+    assert "| [](/book/b) | 3 | 2.0 |\n| **sum, and peak** | **6** | **2.0** |" in page
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js")
+def test_the_half_circle_computes_the_offline_loss() -> None:
+    page = (ROOT / "book/_static/half_circle.html").read_text()
+    script = re.search(r"<script>(.*)</script>", page, re.DOTALL)[1]
+    cases = [(55, 0.3, 2), (20, 0.1, 3), (100, 1, 0), (130, 0.05, 1)]
+    script += f"for (const [angle, tau, n] of {json.dumps(cases)})"
+    script += "console.log(offlineOnHalfCircle(angle, tau, n).loss);"
+    done = subprocess.run(["node", "-e", script], capture_output=True, text=True)
+    assert not done.stderr
+    angles = [[a] for a in (50, 5, 100, 70, 125, 170)]
+
+    def at(degrees: list[list[int]]) -> torch.Tensor:
+        angle = torch.tensor(degrees, dtype=torch.float64).deg2rad()
+        return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+    clusters, cameras = [0, 0, 0, 1, 1, 2], [0, 1, 2, 0, 1, 2]
+    six = CameraProxies(torch.arange(6), *map(torch.tensor, (clusters, cameras)))
+    right = [
+        offline_loss(
+            *(at([[angle]]), torch.tensor([0]), at(angles), six),
+            temperature=tau,
+            negatives=n,
+        ).item()
+        for angle, tau, n in cases
+    ]
+    assert [float(line) for line in done.stdout.split()] == pytest.approx(right)
 
 
 def test_accessibility_of_no_pages_or_without_npm_is_no_success(
