@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
-import multiprocessing
 import os
 import resource
 import shutil
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -1202,34 +1200,6 @@ def test_a_second_program_waits_and_finds_the_finished_run(
     assert epochs == {"first": [0, 1], "second": []}
     assert found["first"].history == found["second"].history
     assert caplog.text.count(f"another process is training in {tmp_path / 'run'}") == 1
-    assert outcome(tmp_path / "run") == outcome(whole)
-    assert not (tmp_path / "run/.lock").exists()
-
-
-def _hold(config: settings.Config, data: ReIDDataset) -> None:
-    def on_epoch(record: dict[str, Any]) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    train(config, data, on_epoch=on_epoch)
-
-
-def test_a_dead_program_holds_nothing(
-    whole: Path,
-    data: ReIDDataset,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    caplog.set_level("INFO", "o2cap")
-    config = tiny.config(tmp_path / "run")
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["o2cap.cli", "o2cap.trainer"])
-    process = processes.Process(target=_hold, args=(config, data))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    assert (tmp_path / "run/.lock").exists()
-    train(config, data)
-    assert "waiting" not in caplog.text
     assert outcome(tmp_path / "run") == outcome(whole)
     assert not (tmp_path / "run/.lock").exists()
 
