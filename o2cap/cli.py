@@ -20,7 +20,7 @@ import tyro
 import o2cap
 from o2cap.config import STYLE, Config, SyntheticConfig, load, starting_point
 from o2cap.errors import InputError
-from o2cap.files import check_writable, read_json, replacing, write_csv
+from o2cap.files import check_writable, read_json, write_csv
 
 
 def speaks() -> bool:
@@ -132,8 +132,8 @@ def evaluate(
             raise InputError(f"{said}; give --dataset and --root.")
         features = evaluator.features(model.to(hardware.device))
         (_, query), (_, gallery) = evaluator.decoded
-        rule: dict[str, Any] = {"same_camera": same_camera, "rerank": bool(rerank)}
-        rule["standardise"] = bool(standardise)
+        rule: dict[str, Any] = {"rerank": rerank, "standardise": standardise}
+        rule["same_camera"] = same_camera
         print(json.dumps(assess(query, gallery, *features, **rule)))
 
 
@@ -156,8 +156,8 @@ def embed(
     from o2cap import inference
 
     _check(output, ".npz")
-    changed = bool(standardise)
-    found = inference.embed(run, pictures, standardise=changed, **asdict(how))
+    chosen: dict[str, Any] = {"standardise": standardise, **asdict(how)}
+    found = inference.embed(run, pictures, **chosen)
     found.save(output)
     print(output)
 
@@ -182,7 +182,7 @@ def search(
         queries: Pictures, folders of them, or one manifest (.csv).
         gallery: Where to search: a folder, a manifest (.csv), or the .npz file of o2cap
             embed.
-        output: Also draw the ranked lists (.png), or write them (.json, .csv).
+        output: Also draw the first 20 ranked lists (.png), or write all (.json, .csv).
         root: Where the pictures of an .npz file lie now.
         top: Matches of a query at most.
         max_distance: Largest cosine distance of a match, from 0 to 2.
@@ -194,14 +194,16 @@ def search(
     from o2cap import inference
 
     _check(output, ".png", ".json", ".csv")
-    chosen: dict[str, Any] = {"max_distance": max_distance, "same_camera": same_camera}
-    chosen |= {"top": top, "rerank": bool(rerank), **asdict(how)}
-    chosen["standardise"] = bool(standardise)
-    there: Any = gallery
-    if root is not None:
-        there = inference.load_embedding(gallery).moved(root)
+    chosen: dict[str, Any] = {"rerank": rerank, "standardise": standardise, "top": top}
+    chosen |= {"max_distance": max_distance, "same_camera": same_camera, **asdict(how)}
+    there = inference.load_embedding(gallery).moved(root) if root else gallery
     found = inference.search(run, queries, there, **chosen)
-    if output is not None:
+    if output is not None and output.suffix.lower() == ".png":
+        from o2cap_book.sheets import ranked_lists, write_sheet
+
+        drawn = ranked_lists(found.query, found.gallery, found.index, found.distance)
+        write_sheet(drawn, output)
+    elif output is not None:
         found.save(output)
     for record in found.records():
         print(json.dumps(record))
@@ -229,18 +231,19 @@ def cluster(
 
     _check(output, ".csv", ".json")
     if sheets is not None:
-        inference.refuse_occupied(sheets)
-        _check(sheets / "cluster_0000.png", ".png", option="--sheets")
+        if sheets.exists():
+            raise InputError(f"--sheets {sheets} exists; name a new folder.")
+        check_writable(sheets / "cluster_0000.png")
     source = pictures[0] if len(pictures) == 1 else pictures
     found = inference.cluster(run, source, eps=eps, **asdict(how))
     if sheets is not None:
-        found.save_sheets(sheets)
+        from o2cap_book.sheets import cluster_sheets
+
+        cluster_sheets(found.images, found.clusters, sheets)
     found.save(output)
-    counts = {
-        "pictures": len(found.images),
-        "clusters": int(found.clusters.max()) + 1,
-        "outliers": int((found.clusters < 0).sum()),
-    }
+    left = found.clusters < 0
+    number = len(found.clusters[~left].unique())
+    counts = {"pictures": len(left), "clusters": number, "outliers": int(left.sum())}
     print(json.dumps(counts))
 
 
@@ -293,7 +296,7 @@ def sheet(name: Name, output: Out, root: Place = None, split: Split = "train") -
         split: Which part.
     """
     from o2cap.data import load_dataset
-    from o2cap.sheets import contact_sheet
+    from o2cap_book.sheets import contact_sheet, write_sheet
 
     _check(output, ".png")
     images = load_dataset(name, root).splits()[split]
@@ -302,8 +305,7 @@ def sheet(name: Name, output: Out, root: Place = None, split: Split = "train") -
     known = images.pids is not None and bool((images.pids >= 0).any())
     rows = images.pids if known else images.camids * 0
     drawn = contact_sheet(images, rows, name="identity" if known else "unknown")
-    with replacing(output) as path:
-        drawn.save(path, "PNG")
+    write_sheet(drawn, output)
     print(output)
 
 
@@ -324,9 +326,9 @@ def verify(
     _check(list, ".csv", option="--list")
     found = verify_dataset(name, root, pictures=pictures)
     print(f"{'split':<10}{'':<12}{'published':>12}{'found':>12}")
-    for row in found.rows:
-        expected = "" if row.expected is None else f"{row.expected:,}"
-        print(f"{row.split:<10}{row.what:<12}{expected:>12}{row.found:>12,}")
+    for split, what, published, counted in found.rows:
+        expected = "" if published is None else f"{published:,}"
+        print(f"{split:<10}{what:<12}{expected:>12}{counted:>12,}")
     for sentence in found.notes + found.problems[:10]:
         print(sentence)
     if list is not None:

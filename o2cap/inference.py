@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL.Image import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import Normalize
 
@@ -28,7 +27,6 @@ from o2cap.errors import InputError
 from o2cap.features import extract_all, standardise_by_camera
 from o2cap.files import read_json, replacing, write_csv
 from o2cap.run import load_model
-from o2cap.sheets import contact_sheet, ranked_lists
 from o2cap.trainer import advise, find_clusters
 
 _BLOCK_ELEMENTS = 2**24  # distances held at once (64 MiB)
@@ -253,21 +251,11 @@ class Ranking:
             for i, path in enumerate(self.query.paths)
         ]
 
-    def figure(self) -> Image:
-        """Draw the ranked lists of the first queries, 20 at most."""
-        first = torch.arange(min(len(self.query), 20))
-        shown = self.index[first], self.distance[first]
-        return ranked_lists(self.query.select(first), self.gallery, *shown)
-
     def save(self, path: Path) -> None:
-        """Write the picture (.png) or the records (.json, .csv), by the suffix."""
-        if path.suffix.lower() == ".png":
-            with replacing(path) as part:
-                self.figure().save(part, "png")
-        else:
-            records = self.records()
-            rows = [{"query": r["query"]} | m for r in records for m in r["matches"]]
-            _write(path, ["query", *Match.__annotations__], rows, records)
+        """Write the records, as .json or .csv."""
+        records = self.records()
+        rows = [{"query": r["query"]} | m for r in records for m in r["matches"]]
+        _write(path, ["query", *Match.__annotations__], rows, records)
 
 
 def search(
@@ -389,23 +377,6 @@ class Clustering:
         ]
         _write(path, ["path", "camid", "camera", "cluster"], rows, rows)
 
-    def save_sheets(self, folder: Path) -> int:
-        """Write a contact sheet per cluster, ``cluster_0000.png`` on; say how many.
-
-        Raises
-        ------
-        InputError
-            When the folder holds something already, or cannot be written.
-        """
-        refuse_occupied(folder)
-        number = int(self.clusters.max()) + 1
-        for cluster in range(number):
-            labels = self.clusters.where(self.clusters == cluster, -1)
-            sheet = contact_sheet(self.images, labels, per_camera=8, name="cluster")
-            with replacing(folder / f"cluster_{cluster:04d}.png") as part:
-                sheet.save(part, "png")
-        return number
-
 
 def cluster(
     run: Path,
@@ -446,13 +417,6 @@ def cluster(
     clusters = find_clusters(*given)
     advise(*given, clusters)
     return Clustering(found.images, clusters)
-
-
-def refuse_occupied(folder: Path) -> None:
-    """Raise InputError when `folder` holds something already."""
-    folder = folder.expanduser()
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise InputError(f"{folder} is not empty; name a new folder for the sheets.")
 
 
 def _write(path: Path, columns: list[str], rows: list[Any], records: list[Any]) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from o2cap.data.images import ImageSet
 from o2cap.proxies import split_by_camera
-from o2cap.sheets import thumbnails
+from o2cap_book.sheets import thumbnails
 
 BLUE, VERMILLION, GREEN = "#0072B2", "#D55E00", "#009E73"
 PURPLE, ORANGE, SKY, YELLOW = "#CC79A7", "#E69F00", "#56B4E9", "#F0E442"

@@ -24,7 +24,6 @@ from o2cap.files import replacing
 from o2cap.inference import embed
 from o2cap.proxies import split_by_camera
 from o2cap.run import RunResult, read_run
-from o2cap.sheets import best_matches, contact_sheet, ranked_lists
 from o2cap_book.figures import (
     Figure,
     camera_spread,
@@ -34,6 +33,7 @@ from o2cap_book.figures import (
     project,
     training_curves,
 )
+from o2cap_book.sheets import best_matches, contact_sheet, ranked_lists
 
 METRICS = {"mAP": "mAP", "rank1": "rank-1", "rank5": "rank-5", "rank10": "rank-10"}
 MAPPED = 1000  # pictures on the map: more take minutes and only blacken it

@@ -37,7 +37,6 @@ BUDGETS = {
     "o2cap/proxies.py": 65,
     "o2cap/reranking.py": 55,
     "o2cap/run.py": 320,
-    "o2cap/sheets.py": 115,
     "o2cap/trainer.py": 330,
     "o2cap/verification.py": 50,
     "o2cap/weights.py": 65,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +13,12 @@ import torch
 from PIL import Image, ImageColor
 
 from o2cap.data.images import ImageSet
-from o2cap.sheets import (
+from o2cap_book.sheets import (
     GREEN,
     GREY,
     VERMILLION,
     best_matches,
+    cluster_sheets,
     contact_sheet,
     ranked_lists,
 )
@@ -70,6 +73,16 @@ def test_contact_sheet_lays_identities_out_by_camera(pictures: ImageSet) -> None
     assert seen(sheet, every) == [[colour(3, c) for c in range(3)]]
 
 
+def test_a_sheet_per_cluster(pictures: ImageSet, tmp_path: Path) -> None:
+    clusters = torch.full((len(pictures),), -1)
+    clusters[:4], clusters[15:18] = 0, 2  # numbers may have gaps
+    cluster_sheets(pictures, clusters, tmp_path / "sheets")
+    names = sorted(os.listdir(tmp_path / "sheets"))
+    assert names == ["cluster_0000.png", "cluster_0002.png"]
+    with Image.open(tmp_path / "sheets/cluster_0000.png") as picture:
+        picture.verify()
+
+
 def test_contact_sheet_needs_a_label(pictures: ImageSet) -> None:
     with pytest.raises(ValueError, match="give rows"):
         contact_sheet(pictures.without_identities())
@@ -106,6 +119,9 @@ def test_ranked_lists_without_identities_have_no_marks(pictures: ImageSet) -> No
     query = bare.select(torch.tensor([0]))
     matches = best_matches(query, bare, torch.rand(1, len(bare)), top=3)
     assert frames(ranked_lists(query, bare, *matches)) == [GREY] * 3
+    twice = chosen(pictures, (0, 0), (2, 1))
+    matches = best_matches(twice, bare, torch.rand(2, len(bare)), top=3)
+    assert frames(ranked_lists(twice, bare, *matches, limit=1)) == [GREY] * 3
 
 
 def test_text_tells_rows_and_distances_apart(pictures: ImageSet) -> None:

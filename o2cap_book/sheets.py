@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, islice, zip_longest
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from o2cap.data.images import ImageSet, open_picture
 from o2cap.data.loading import decode
+from o2cap.files import replacing
 
 GREEN, VERMILLION, GREY = "#009E73", "#D55E00", "#8C8C8C"  # Okabe and Ito
 # Large enough to be read at half the size.
@@ -86,6 +88,30 @@ def contact_sheet(
     return _sheet(table)
 
 
+def cluster_sheets(images: ImageSet, clusters: Tensor, folder: Path) -> None:
+    """Write a contact sheet per cluster, ``cluster_0000.png`` on.
+
+    Parameters
+    ----------
+    images : ImageSet
+        N pictures.
+    clusters : LongTensor [N]
+        −1 for pictures to leave out.
+    folder : Path
+        Made where it is missing.
+    """
+    for cluster in clusters[clusters >= 0].unique().tolist():
+        rows = clusters.where(clusters == cluster, -1)
+        sheet = contact_sheet(images, rows, per_camera=8, name="cluster")
+        write_sheet(sheet, folder / f"cluster_{cluster:04d}.png")
+
+
+def write_sheet(sheet: Image.Image, path: Path) -> None:
+    """Write a .png file, whole or not at all."""
+    with replacing(path) as part:
+        sheet.save(part, "png")
+
+
 def best_matches(
     query: ImageSet, gallery: ImageSet, similarity: Tensor, top: int = 10
 ) -> tuple[Tensor, Tensor]:
@@ -124,6 +150,7 @@ def ranked_lists(
     index: Tensor,
     distance: Tensor,
     *,
+    limit: int = 20,
     notes: Sequence[str] | None = None,
 ) -> Image.Image:
     """Draw the matches of each query in the gallery, best first.
@@ -138,14 +165,17 @@ def ranked_lists(
         Q and G pictures.
     index, distance : LongTensor [Q, K] and FloatTensor [Q, K]
         The matches in the gallery, −1 for none; see :func:`best_matches`.
+    limit : int
+        Queries at most: the first ones.
     notes : sequence of str, optional
         A short text for each query, written below it.
     """
-    found = index[index >= 0]
-    paths = [*query.paths, *(gallery.paths[j] for j in found.tolist())]
-    camids = torch.full((len(paths),), -1)
-    pixels = thumbnails(ImageSet(paths, camids, grey_range=gallery.grey_range), _TALL)
-    queries, matches = pixels[: len(query)], iter(pixels[len(query) :])
+    n, index = min(len(query), limit), index[:limit]
+    matches = (gallery.paths[j] for j in index[index >= 0].tolist())
+    paths = [*query.paths[:n], *matches]
+    shown = ImageSet(paths, torch.arange(len(paths)), grey_range=gallery.grey_range)
+    pixels = iter(thumbnails(shown, _TALL))
+    queries = [*islice(pixels, n)]
     table = [[_text(str(rank or "query")) for rank in range(1 + index.shape[1])]]
     for i, row in enumerate(index.tolist()):
         mine = query.identity(i)
@@ -155,10 +185,9 @@ def ranked_lists(
             if j >= 0:
                 value, theirs = max(float(distance[i, k]), 0), gallery.identity(j)
                 colour = GREEN if mine == theirs else VERMILLION
+                colour = colour if mine and theirs else GREY
                 text = f"{value:.2f}", _camera(gallery, j)
-                known = mine and theirs
-                cell = _framed(next(matches), colour if known else GREY, *text)
-                table[-1].append(cell)
+                table[-1].append(_framed(next(pixels), colour, *text))
     return _sheet(table)
 
 
