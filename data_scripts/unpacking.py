@@ -95,9 +95,9 @@ def main(benchmark: Benchmark, argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; run the same command to go on", file=sys.stderr)
         return 130
-    for row in verification.rows:
-        published = "" if row.expected is None else f" (published: {row.expected:,})"
-        print(f"{row.split:8}{row.what:12}{row.found:>9,}{published}")
+    for split, what, expected, found in verification.rows:
+        published = "" if expected is None else f" (published: {expected:,})"
+        print(f"{split:8}{what:12}{found:>9,}{published}")
     for sentence in verification.problems + verification.notes:
         print(f"note: {sentence}")
     print(f"Use it: o2cap train --preset {benchmark.name} --root {args.destination}")

@@ -253,6 +253,7 @@ class RunDirectory:
         self.warm_history.append(record)
         self._write_lines("warm_start.jsonl", self.warm_history)
 
+    @first_only
     def save(self, state: dict[str, Any], epoch: int) -> None:
         """Write the checkpoint, while the next epoch begins.
 
@@ -263,15 +264,11 @@ class RunDirectory:
         epoch : int
             The epoch that has ended.
         """
-        self.next_epoch = epoch + 1
-        told = {"history": self.history, "warm_history": self.warm_history}
-        self._save({"epoch": epoch, "before": self.before} | told | state)
-
-    @first_only
-    def _save(self, state: dict[str, Any]) -> None:
+        told: Metrics = {"epoch": epoch, "before": self.before}
+        told |= {"history": self.history, "warm_history": self.warm_history}
         # By way of memory: torch does not say why it cannot write (a full disk).
         content = io.BytesIO()
-        torch.save(state, content)
+        torch.save(told | state, content)
         self._written()
         job = self._writer.submit(self._write, "checkpoint.pt", content.getbuffer())
         self._written = job.result

@@ -145,7 +145,7 @@ def train_epochs(
     """
     config, camids = learner.config, learner.images.camids
     idle, told = 0, "pseudo_labels hold less than two clusters"
-    for epoch in range(run.next_epoch, config.epochs):
+    for epoch in range(max(0, run.next_epoch), config.epochs):
         record: Metrics = {"epoch": epoch, "lr": learning_rate(config, epoch)}
         seconds: dict[str, float] = {}
         with stage("extract", seconds):
@@ -492,16 +492,12 @@ def describe_clusters(clusters: Tensor, camids: Tensor, pids: Tensor | None) -> 
 
     Identities, where known, only measure: ARI, NMI, purity.
     """
-    number = int(clusters[clusters >= 0].unique().numel())
-    found: Metrics = {"clusters": number, "outliers": int((clusters < 0).sum())}
-    if number:
-        found["cameras_per_cluster"] = len(split_by_camera(clusters, camids)) / number
-    if number and pids is not None:
-        quality = asdict(clustering_quality(clusters, pids))
-        scores = {k: quality[k] for k in ("ari", "nmi", "purity")}
-        # NaN where no clustered picture has a known identity
-        found |= {name: value for name, value in scores.items() if value == value}
-    return found
+    known = torch.full_like(clusters, -1) if pids is None else pids
+    quality = asdict(clustering_quality(clusters, known, camids))
+    found = {"clusters": quality["clusters"], "outliers": int((clusters < 0).sum())}
+    # NaN where there are no clusters, or no clustered picture has a known identity
+    scores = {k: quality[k] for k in ("cameras_per_cluster", "ari", "nmi", "purity")}
+    return found | {name: value for name, value in scores.items() if value == value}
 
 
 def in_words(record: Metrics) -> str:

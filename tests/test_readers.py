@@ -26,7 +26,6 @@ from o2cap.data.images import ImageSet
 from o2cap.data.loading import read_picture
 from o2cap.data.readers import (
     PUBLISHED,
-    Count,
     manifest_from_pattern,
     name_layout,
     verify_dataset,
@@ -183,8 +182,8 @@ def test_published_counts_satisfy_strict_mode(
     assert not caplog.records
     verification = verify_dataset("market1501", market, pictures=True)
     assert verification.problems == []
-    assert Count("gallery", "identities", 1, 1) in verification.rows
-    assert Count("gallery", "distractors", None, 1) in verification.rows
+    assert ("gallery", "identities", 1, 1) in verification.rows
+    assert ("gallery", "distractors", None, 1) in verification.rows
 
 
 def test_published_counts_of_the_method_page() -> None:
@@ -727,7 +726,7 @@ def test_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     note = "is taken for a camera, of 1 to 2 pictures: 2 (cam2, cam10); if they are"
     assert note in caplog.text
     verified = verify_dataset("folders", tmp_path)
-    assert Count("train", "images of camera 1, cam10", None, 1) in verified.rows
+    assert ("train", "images of camera 1, cam10", None, 1) in verified.rows
     assert verified.problems == [] and note in verified.notes[0]
 
 

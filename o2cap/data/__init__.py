@@ -17,10 +17,7 @@ __all__ = ["ImageSet", "ReIDDataset", "load_configured", "load_dataset"]
 logger = logging.getLogger("o2cap")
 
 # The rendered sets, and what they fix: `synthetic` shows what synthetic.kind says.
-EMBEDDED: dict[str, dict[str, Any]] = {
-    "synthetic": {},
-    "synthetic-vehicles": {"kind": "vehicle"},
-}
+EMBEDDED: dict[str, Any] = {"synthetic": {}, "synthetic-vehicles": {"kind": "vehicle"}}
 
 
 def load_dataset(
@@ -92,8 +89,7 @@ def load_configured(config: Config) -> ReIDDataset:
     options: dict[str, Any] = {"skip_missing": config.skip_unreadable}
     options["strict"] = config.strict
     if config.dataset in EMBEDDED:
-        options = asdict(config.synthetic)
-        options |= {"height": config.height, "width": config.width}
-        if options["seed"] is None:
-            options["seed"] = config.seed
+        size = {"height": config.height, "width": config.width}
+        seed = config.seed if config.synthetic.seed is None else config.synthetic.seed
+        options = asdict(config.synthetic) | size | {"seed": seed}
     return load_dataset(config.dataset, config.root, **options)

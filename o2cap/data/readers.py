@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,13 +35,7 @@ for _line in Path(__file__).with_name("counts.csv").read_text("utf-8").splitline
 SPLITS = ("train", "query", "gallery")
 
 
-class Count(NamedTuple):
-    """One line of the table of counts; `expected` is None where nothing is known."""
-
-    split: str
-    what: str
-    expected: int | None
-    found: int
+Count = tuple[str, str, int | None, int]  # split, what; published (if known), found
 
 
 @dataclass
@@ -72,7 +66,7 @@ class Reading:
     def rows(self) -> list[Count]:
         """All counts, published and found."""
         return [
-            Count(split, what, self.expected.get(split, {}).get(what), number)
+            (split, what, self.expected.get(split, {}).get(what), number)
             for split, counts in self.dataset.counts().items()
             for what, number in (counts | self.found.get(split, {})).items()
         ]
@@ -80,9 +74,9 @@ class Reading:
     def differences(self) -> list[str]:
         """Return a phrase for each count that is not the published one."""
         return [
-            f"{row.split}: {row.expected:,} {row.what} expected, {row.found:,} found"
-            for row in self.rows
-            if row.expected is not None and row.expected != row.found
+            f"{split}: {published:,} {what} expected, {found:,} found"
+            for split, what, published, found in self.rows
+            if published not in (None, found)
         ]
 
 
