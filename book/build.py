@@ -323,12 +323,14 @@ def with_head(copy: Path, record: Record) -> str:
     for cell in notebook.cells:
         if cell.id == "parameters":
             cell.metadata["tags"] = ["parameters", "hide-input"]
-        for part, what in FOLDS.items():
-            if part in cell.id and cell.cell_type == "code":
-                cell.metadata.setdefault("mystnb", {}).update(
-                    code_prompt_show=f"Show {what}",
-                    code_prompt_hide=f"Hide {what}",
-                )
+        held = [what for part, what in FOLDS.items() if part in cell.id]
+        if not held and "hide-input" in cell.metadata.get("tags", []):
+            held = ["the code"]
+        if held and cell.cell_type == "code":
+            cell.metadata.setdefault("mystnb", {}).update(
+                code_prompt_show=f"Show {held[0]}",
+                code_prompt_hide=f"Hide {held[0]}",
+            )
     return nbformat.writes(notebook)
 
 

@@ -295,8 +295,9 @@ def test_a_page_has_its_place_in_the_drawing_its_times_and_named_folds(
 ) -> None:
     title = "# Offline\n\n:::{admonition} Before\n\nText.\n:::\n\n" + "word " * 900
     cells = [new_markdown_cell(title, id="title")]
-    for name in ("parameters", "imports", "check-1", "exercise-2-check", "solution-1"):
-        tags = ["parameters"] if name == "parameters" else ["hide-cell"]
+    names = "parameters", "imports", "check-1", "exercise-2-check", "solution-1", "plot"
+    for name in names:
+        tags = {"parameters": ["parameters"], "plot": ["hide-input"]}.get(name, [])
         cells.append(new_code_cell("1", id=name, metadata={"tags": tags}))
     copy = tmp_path / "offline.ipynb"
     nbformat.write(new_notebook(cells=cells), copy)
@@ -308,8 +309,8 @@ def test_a_page_has_its_place_in_the_drawing_its_times_and_named_folds(
     assert source.index("# Offline") < source.index("<svg") < source.index(":::{adm")
     assert "About 10 minutes to read. To run: 3 s and 0.4 GiB" in source
     folds = [cell.metadata.mystnb.code_prompt_show for cell in found[1:]]
-    wanted = ["the parameters", "the imports", "the check", "the check", "the solution"]
-    assert folds == [f"Show {what}" for what in wanted]
+    wanted = ("parameters", "imports", "check", "check", "solution", "code")
+    assert folds == [f"Show the {what}" for what in wanted]
     assert "hide-input" in found[1].metadata.tags
     copy = copy.rename(tmp_path / "maps.ipynb")
     assert "<svg" not in build.with_head(copy, record), "no step of the method"

@@ -23,3 +23,8 @@ addEventListener("DOMContentLoaded", () => {
     open();
   }
 });
+// The theme names every fold "Toggle hidden content"; its own words say more.
+addEventListener("DOMContentLoaded", () => {
+  for (const summary of document.querySelectorAll(".bd-article summary[aria-label]"))
+    summary.removeAttribute("aria-label");
+});
