@@ -477,11 +477,20 @@ class Bench:
         labels = dbscan(distance)
         mark()
         seconds = np.diff(marks).tolist()
+        every, over_threads = torch.get_num_threads(), {}
+        for threads in (1, 2, 4, 8) if n < 50_000 else ():
+            torch.set_num_threads(threads)
+            start = time.perf_counter()
+            jaccard_distance(features, neighbours=neighbours, max_distance=0.5)
+            over_threads[str(threads)] = time.perf_counter() - start
+        torch.set_num_threads(every)
         quality = clustering_quality(labels, centre.cpu())
         return {
             "n": n,
             "dim": dim,
             "seconds": dict(zip(("search", "jaccard", "dbscan"), seconds, strict=True)),
+            "threads": every,
+            "jaccard by threads, seconds": over_threads,
             "search, tera-operations/s": 2 * n * n * dim / seconds[0] / 1e12,
             "clusters": quality.clusters,
             "ari": quality.ari,

@@ -114,7 +114,8 @@ def train(
             return distributed.on_first(read_run, run.path)
         hardware = Hardware.choose(config)
         with hardware.in_force(config):
-            learner, evaluator, pids = prepare(run, hardware, dataset, facts)
+            with stage("prepare", {}):
+                learner, evaluator, pids = prepare(run, hardware, dataset, facts)
             if labels is not None and len(labels) != len(learner.images):
                 raise InputError("Some pictures with pseudo_labels cannot be read.")
             with stage("warm start", {}):

@@ -911,6 +911,7 @@ def test_tf32_goes_with_mixed_precision(precision: Any, allowed: bool) -> None:
 @pytest.mark.parametrize(
     ("name", "stage"),
     [
+        ("Learner", "prepare"),
         ("warm_start", "warm start"),
         ("extract_all", "extract"),
         ("find_clusters", "cluster"),
