@@ -242,9 +242,8 @@ def cluster(
         cluster_sheets(found.images, found.clusters, sheets)
     found.save(output)
     left = found.clusters < 0
-    number = len(found.clusters[~left].unique())
-    counts = {"pictures": len(left), "clusters": number, "outliers": int(left.sum())}
-    print(json.dumps(counts))
+    counts = {"pictures": len(left), "clusters": len(found.clusters[~left].unique())}
+    print(json.dumps(counts | {"outliers": int(left.sum())}))
 
 
 def export(run: Run, output: Out) -> None:
@@ -332,8 +331,7 @@ def verify(
     for sentence in found.notes + found.problems[:10]:
         print(sentence)
     if list is not None:
-        parts = (s.rpartition(" cannot be read as a picture") for s in found.problems)
-        rows = zip((picture for picture, _, _ in parts), found.problems, strict=True)
+        rows = ((p.rpartition(" cannot be read as a")[0], p) for p in found.problems)
         write_csv(list, ["path", "problem"], rows)
     if found.problems:
         where = "the first of them above" if list is None else f"all of them in {list}"
@@ -437,8 +435,7 @@ def reproduce(
     from o2cap_book import batch
 
     usual = "check" if check else "paper" if dataset else "ablation"
-    grid = grid or batch.GRID
-    what = batch.Batch(target or usual, dataset, root, grid, only, cores)
+    what = batch.Batch(target or usual, dataset, root, grid or batch.GRID, only, cores)
     if check and (dry_run or output or profile):
         raise InputError("Leave --dry-run, --output and --profile out with --check.")
     if check:
