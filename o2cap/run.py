@@ -170,17 +170,15 @@ class RunDirectory:
                 )
 
     @first_only
-    def begin(
-        self, dataset: ReIDDataset, kept: ReIDDataset, environment: Metrics
-    ) -> None:
+    def begin(self, dataset: ReIDDataset, kept: ReIDDataset, facts: Metrics) -> None:
         """Write what is known before the first step.
 
         Parameters
         ----------
         dataset, kept : ReIDDataset
             All pictures, and those of them that can be read.
-        environment : dict
-            See :func:`describe_environment`.
+        facts : dict
+            See :func:`describe_environment` and :func:`input_facts`.
         """
         if (self.path / "environment.json").is_file():
             return
@@ -189,7 +187,7 @@ class RunDirectory:
         parts = zip(dataset.splits().values(), kept.splits().values(), strict=True)
         if lost := {p for every, some in parts for p in {*every.paths} - {*some.paths}}:
             self._write("unreadable.txt", "".join(f"{path}\n" for path in sorted(lost)))
-        self._write("environment.json", json.dumps(environment, indent=2))
+        self._write("environment.json", json.dumps(facts, indent=2))
 
     def restore(self) -> dict[str, Any] | None:
         """Return the last checkpoint, if there is one; what came after is forgotten.

@@ -252,7 +252,7 @@ def _msmt17(root: Path, skip_unreadable: bool) -> Reading:
     persons.
     """
     base, folders = _base(root, _MSMT17)
-    parts: dict[str, list[Picture]] = {}
+    parts: dict[str, Pictures] = {}
     problems, shift = [], 0
     for part in ("train", "val", "query", "gallery"):
         place = base / f"list_{part}.txt"
@@ -315,7 +315,7 @@ def _manifest(path: Path, skip_unreadable: bool) -> Reading:
     ones are taken as they are. pid may be empty in train. A picture may stand once in
     train, or once in query and once in gallery (VeRi-776's protocol).
     """
-    parts: dict[str, list[Picture]] = {split: [] for split in SPLITS}
+    parts: dict[str, Pictures] = {split: [] for split in SPLITS}
     seen: dict[str, tuple[int, list[str], int, int]] = {}  # line, splits, pid, camid
     missing = []
     try:
@@ -494,12 +494,11 @@ def manifest_from_pattern(
 
 # ------------------------------------------------------------------------- helpers
 
-Picture = tuple[Path, int, int, str, str]  # path, camera, identity; names of both
+# path, camera, identity; names of both
+Pictures = list[tuple[Path, int, int, str, str]]
 
 
-def _dataset(
-    name: str, *splits: Sequence[Picture], root: Path | None = None
-) -> ReIDDataset:
+def _dataset(name: str, *splits: Pictures, root: Path | None = None) -> ReIDDataset:
     """Make a set of each split; without identities where every one is unknown."""
     grey = find_grey_range(path for pictures in splits for path, *_ in pictures)
     parts = []

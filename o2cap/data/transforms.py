@@ -185,14 +185,12 @@ def _jitter(pixels: Tensor, draw: Tensor, strength: float) -> Tensor:
     return (x * (1 + (factor[..., 3:] - 1) / 2)).clamp_(0, 255)
 
 
-def _boxes(
-    height: int, width: int, draw: Tensor, tries: Tensor, probability: float
-) -> Tensor:
+def _boxes(height: int, width: int, draw: Tensor, tries: Tensor, p: float) -> Tensor:
     """Return what to erase in each picture: top, left, bottom, right, [..., 4].
 
     A rectangle of 2-40 % of the area and an aspect ratio of 0.3-3.3; the first of
     the `tries`, [..., T, 2], that fits into the picture is taken, and if none fits or
-    chance decides against it, an empty one. `draw` is [..., 3]; all are uniform.
+    chance (1 − p) decides against it, an empty one. `draw` is [..., 3]; all are uniform.
     """
     area = height * width * (0.02 + 0.38 * tries[..., 0])
     aspect = 0.3 + 3.0 * tries[..., 1]
@@ -200,7 +198,7 @@ def _boxes(
     wide = (area / aspect).sqrt().round()
     fits = (tall < height) & (wide < width)
     first = fits.long().argmax(dim=-1, keepdim=True)
-    happens = fits.any(dim=-1, keepdim=True) & (draw[..., :1] < probability)
+    happens = fits.any(dim=-1, keepdim=True) & (draw[..., :1] < p)
     tall = tall.gather(-1, first) * happens
     wide = wide.gather(-1, first) * happens
     top = (draw[..., 1:2] * (height - tall + 1)).floor()
