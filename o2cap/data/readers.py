@@ -297,7 +297,7 @@ def _base(root: Path, variants: list[Folders]) -> tuple[Path, Folders]:
     layouts = ", or ".join(" + ".join(folders) for folders in variants)
     places = ", ".join(str(place) for place, _ in complete) or "none"
     raise InputError(
-        f"{root}, or one folder directly in it, must hold {layouts}; found: {places}."
+        f"{root}, or a folder in it, must hold {layouts}; found: {places}."
     )
 
 

@@ -190,7 +190,7 @@ def _boxes(height: int, width: int, draw: Tensor, tries: Tensor, p: float) -> Te
 
     A rectangle of 2-40 % of the area and an aspect ratio of 0.3-3.3; the first of
     the `tries`, [..., T, 2], that fits into the picture is taken, and if none fits or
-    chance (1 − p) decides against it, an empty one. `draw` is [..., 3]; all are uniform.
+    chance decides so (1 − p), an empty one. `draw` is [..., 3]; all are uniform.
     """
     area = height * width * (0.02 + 0.38 * tries[..., 0])
     aspect = 0.3 + 3.0 * tries[..., 1]
