@@ -24,14 +24,13 @@ class GeM(nn.Module):
     Maps [B, D, h, w] to [B, D]. p = 1 is average pooling, large p nears the maximum.
     """
 
-    def __init__(self, p: float = 3.0, eps: float = 1e-6) -> None:
+    def __init__(self, p: float = 3.0) -> None:
         super().__init__()
         self.p = nn.Parameter(torch.tensor(p))
-        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         # In float32: a cube of a half-precision activation overflows easily.
-        powered = x.float().clamp(min=self.eps).pow(self.p)
+        powered = x.float().clamp(min=1e-6).pow(self.p)
         return powered.mean(dim=(2, 3)).pow(1 / self.p)
 
 

@@ -176,11 +176,11 @@ def test_differing_counts_are_refused_or_kept_on_demand(
 def test_another_data_set_is_refused(tmp_path: Path) -> None:
     assert_refused(
         make_zip(tmp_path / "x.zip", {"a/b.jpg": JPEG}),
-        "a folder in it, must hold bounding_",
+        "a folder in it must hold bounding_",
     )
     assert_refused(
         make_zip(tmp_path / "empty.zip", {}),
-        "a folder in it, must hold bounding_",
+        "a folder in it must hold bounding_",
     )
 
 

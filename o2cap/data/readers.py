@@ -296,9 +296,7 @@ def _base(root: Path, variants: list[Folders]) -> tuple[Path, Folders]:
         return complete[0]
     layouts = ", or ".join(" + ".join(folders) for folders in variants)
     places = ", ".join(str(place) for place, _ in complete) or "none"
-    raise InputError(
-        f"{root}, or a folder in it, must hold {layouts}; found: {places}."
-    )
+    raise InputError(f"{root} or a folder in it must hold {layouts}; found: {places}.")
 
 
 # ------------------------------------------------------------------- own pictures
