@@ -288,6 +288,7 @@ class Bench:
                 "ms/step": 1e3 * step,
                 "network alone, ms/step": 1e3 * alone,
                 "share outside the network": max(0.0, 1 - alone / step),
+                "host, ms/step": 1e3 * self.host(learner, run),
                 "host waits/step": self.host_waits(run),
             }
             if way == "eager":
@@ -300,6 +301,20 @@ class Bench:
         """Return the pictures of a batch of the trainer."""
         random = torch.Generator().manual_seed(0)
         return proxy_batches(self.proxies.label, 1, random, proxies=batch // 4)
+
+    def host(self, learner: Learner, run: Callable[[int], None]) -> float:
+        """Return in how many seconds the program has launched a step."""
+        times, embed = [], learner.embed
+
+        def noted(pictures: Tensor) -> Tensor:
+            times.append(time.perf_counter())
+            return embed(pictures)
+
+        learner.embed = noted  # type: ignore[method-assign]
+        self.wait()
+        run(5)  # so few that the GPU's queue does not fill, where launching would wait
+        learner.embed = embed  # type: ignore[method-assign]
+        return float(np.median(np.diff(times)))
 
     def host_waits(self, run: Callable[[int], None]) -> float | None:
         """Return how often a step makes the host wait for the GPU, by torch's count."""
