@@ -324,7 +324,10 @@ def with_head(copy: Path, record: Record) -> str:
         if cell.id == "parameters":
             cell.metadata["tags"] = ["parameters", "hide-input"]
         held = [what for part, what in FOLDS.items() if part in cell.id]
-        if not held and "hide-input" in cell.metadata.get("tags", []):
+        tags = {"hide-input", "hide-cell"}.intersection(
+            cell.metadata.get("tags", [])
+        )
+        if tags and not held:
             held = ["the code"]
         if held and cell.cell_type == "code":
             cell.metadata.setdefault("mystnb", {}).update(
