@@ -274,7 +274,7 @@ def eps_of_most_clusters(
     Returns
     -------
     eps : float
-        The largest one of those with most clusters.
+        Of several with most clusters the one nearest to 0.5.
     clusters, outliers : int
         What it makes.
     """
@@ -282,8 +282,9 @@ def eps_of_most_clusters(
     for eps in (step / 20 for step in range(1, 17)):
         labels = dbscan(distance, eps, min_samples)
         several = labels[labels >= 0].bincount() > 1
-        found.append((int(several.sum()), eps, int((labels < 0).sum())))
-    clusters, eps, outliers = max(found)
+        number, outliers = int(several.sum()), int((labels < 0).sum())
+        found.append((number, -abs(eps - 0.5), eps, outliers))
+    clusters, _, eps, outliers = max(found)
     return eps, clusters, outliers
 
 

@@ -454,7 +454,7 @@ def test_eps_of_most_clusters():
     for min_samples, expected in (
         (1, (0.35, 2, 0)),
         (2, (0.35, 2, 1)),
-        (3, (0.8, 1, 1)),
+        (3, (0.5, 1, 1)),
     ):
         eps, clusters, outliers = eps_of_most_clusters(near, min_samples)
         assert (eps, clusters, outliers) == expected

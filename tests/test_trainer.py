@@ -617,9 +617,25 @@ def test_bad_clusters_come_with_the_eps_to_try(
     found = trainer.find_clusters(features, camids, replace(config, clustering=changed))
     assert len(found[found >= 0].unique()) > 1
     assert f"makes {int(found.max()) + 1} and {int((found < 0).sum())}" in words
-    assert not trainer.advise(
-        features, camids, replace(config, clustering=changed), found
-    )
+    other = replace(config, clustering=changed)
+    assert "eps" not in trainer.advise(features, camids, other, found)
+
+
+def test_lists_that_do_not_suit_the_clusters_are_said() -> None:
+    """Persons of six pictures, or of sixty: two sizes are a k1 of 12, or 30 at most."""
+    for size, k1, said in ((6, 12, ""), (6, 30, "k1 12 and k2 4"), (60, 15, "k1 30")):
+        centre = torch.eye(8).repeat_interleave(size, 0)
+        features = centre + 0.02 * torch.randn(len(centre), 8)
+        features = torch.nn.functional.normalize(features)
+        camids = torch.arange(len(centre)) % 3
+        clustering = ClusteringConfig(k1=k1, k2=2)
+        config = tiny.config(Path("run"), clustering=clustering)
+        clusters = torch.arange(8).repeat_interleave(size)
+        words = trainer.advise(features, camids, config, clusters)
+        assert said in words and bool(words) == bool(said)
+        aware = replace(clustering, distance="camera_aware")
+        other = replace(config, clustering=aware)
+        assert trainer.advise(features, camids, other, clusters) == ""
 
 
 def test_no_eps_separates_what_is_one(caplog: pytest.LogCaptureFixture) -> None:
