@@ -46,6 +46,7 @@ from o2cap.run import (
     input_facts,
     read_run,
 )
+from o2cap.weights import EMBEDDED
 
 logger = logging.getLogger("o2cap")
 
@@ -437,10 +438,13 @@ def prepare(
     config = run.config
     check_parts(dataset)
     torch.manual_seed(config.seed)
+    weights = config.weights
+    if weights == "embedded":
+        weights = str(EMBEDDED / f"{config.synthetic.kind}.safetensors")
     model = distributed.on_first(  # before minutes of decoding: a download may fail
         build_model,
         config.backbone,
-        config.weights,
+        weights,
         height=config.height,
         width=config.width,
         pooling=config.pooling,

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from importlib.util import find_spec
@@ -29,7 +29,7 @@ import yaml
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from o2cap.config import NO_INFLUENCE, PRESETS, Config, preset
+from o2cap.config import PRESETS, Config, preset
 from o2cap.errors import InputError, TrainingError, unknown
 from o2cap.files import read_json, replacing
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import matplotlib as mpl
 import matplotlib_inline.backend_inline
 
-from o2cap.config import PRESETS, Config, Method, WarmStartConfig, preset
+from o2cap.config import PRESETS, Config, Method, preset
 from o2cap.data import load_configured
 from o2cap.data.images import ReIDDataset
 from o2cap.errors import InputError, unknown
@@ -49,9 +49,6 @@ class Chapter:
     def train(self, method: Method = "both", **changes: Any) -> RunResult:
         """Return a run of `method`, trained now unless it lies there finished.
 
-        All methods set out from the same weights: where there is a warm start, they
-        take over that of ``both`` under the same settings.
-
         Parameters
         ----------
         method : str
@@ -59,11 +56,7 @@ class Chapter:
         changes
             Other fields of the settings, by name.
         """
-        new = replace(self.config, **changes)
-        if method != "both" and new.weights == "none" and new.warm_start.epochs > 0:
-            start = self.train(**changes).directory / "start.safetensors"
-            new = replace(new, weights=str(start))
-        new = replace(new, method=method)
+        new = replace(self.config, method=method, **changes)
         return train(replace(new, output=self.output.parent / new.directory().name))
 
 
@@ -92,12 +85,11 @@ def begin(
     if profile not in get_args(Profile):
         raise InputError(unknown("The profile", profile, get_args(Profile)))
     if profile == "smoke":
-        config = replace(
-            preset("smoke", dataset=dataset, epochs=2, iterations=5),
-            warm_start=WarmStartConfig(epochs=1, iterations=10),
-        )
+        config = preset("smoke", dataset=dataset, epochs=2, iterations=5)
     elif dataset in PRESETS:
         config = preset(dataset)
+        if profile == "cpu" and not root:
+            config = replace(config, epochs=10)  # half of what the records take
     else:
         config = preset("own", dataset=dataset)
     if profile == "cpu" and root:  # a part of what a GPU would do

@@ -541,7 +541,10 @@ def test_embed_then_search_and_cluster(
             ("search", "{run}", "{one}", "--gallery", "{new}", "-o", "{new}/r.gif"),
             "must end in .png or .json or .csv",
         ),
-        (("embed", "{run}", "{pictures}", "-o", "{one}/f.npz"), "001.png is none that may"),
+        (
+            ("embed", "{run}", "{pictures}", "-o", "{one}/f.npz"),
+            "001.png is none that may",
+        ),
         (("cluster", "{run}", "{pictures}", "-o", "{new}/c.png"), "must end in .csv"),
         (
             ("cluster", "{run}", "{one}", "-o", "{new}/c.csv", "--eps", "2"),

@@ -88,8 +88,8 @@ def test_learning_rate_is_the_papers() -> None:
 
 
 def test_learning_rate_scales_with_the_length() -> None:
-    config = preset("synthetic")  # 10 epochs: 2 of warm-up, a tenth from epoch 8
-    rates = [learning_rate(config, epoch) / 1e-3 for epoch in range(10)]
+    config = preset("synthetic", epochs=10)  # 2 of warm-up, a tenth from epoch 8
+    rates = [learning_rate(config, epoch) / config.optim.lr for epoch in range(10)]
     assert rates == pytest.approx([0.01, 0.505, *[1.0] * 6, 0.1, 0.1])
 
 

@@ -3,18 +3,26 @@
 import argparse
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torchvision
-from safetensors.torch import save_file
+import yaml
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from o2cap.backbone import ReIDModel, TinyResNet, build_model
 from o2cap.errors import InputError
-from o2cap.weights import read_state_dict, resize_positions
+from o2cap.files import read_json
+from o2cap.weights import EMBEDDED, read_state_dict, resize_positions
+from o2cap_book import batch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "data_scripts"))
+
+import pretrain
 
 SMALL = {"height": 64, "width": 32}
 
@@ -234,3 +242,44 @@ def test_weights_of_another_backbone_are_refused(tmp_path: Path) -> None:
 def test_a_path_that_the_system_refuses_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot be used .*too long"):
         build_model("tiny_resnet", str(tmp_path / ("n" * 300)), height=32, width=16)
+
+
+def test_the_shipped_starts_are_small_and_whole() -> None:
+    files = sorted(EMBEDDED.glob("*.safetensors"))
+    assert [path.stem for path in files] == ["person", "vehicle"]
+    assert sum(path.stat().st_size for path in files) <= 2_000_000
+    card = read_json(EMBEDDED / "card.json")
+    for path in files:
+        model = build_model(
+            "tiny_resnet", str(path), height=64, width=32, pooling="gem"
+        )
+        assert torch.equal(
+            model.state_dict()["pooling.p"], load_file(path)["pooling.p"]
+        )
+        assert card[path.stem]["data seeds"].startswith("1000-1007")
+
+
+def test_nothing_else_renders_with_the_seeds_of_the_starts() -> None:
+    targets = yaml.safe_load(batch.GRID.read_text())["targets"]
+    for target in set(targets) - {"paper", "ward"}:
+        for job in batch.read_grid(batch.GRID, target):
+            assert max(job.key["seed"], job.key["data_seed"]) < min(pretrain.SEEDS)
+    for path in batch.RECORDS.glob("*.json"):
+        for row in read_json(path).get("rows", []):
+            seeds = [row.get("seed"), row.get("data_seed")]
+            assert not {*pretrain.SEEDS} & {*seeds}, path
+
+
+def test_a_start_is_made_without_identities(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretrain, "SEEDS", (1000,))
+    monkeypatch.setattr(pretrain, "PRESETS", {"person": "smoke"})
+    facts = pretrain.pretrain("person", 2, tmp_path, batches=3)
+    again = load_file(tmp_path / "person.safetensors")
+    pretrain.pretrain("person", 2, tmp_path, batches=3)
+    state = load_file(tmp_path / "person.safetensors")
+    assert all(torch.equal(state[name], again[name]) for name in state)
+    random = load_file(EMBEDDED / "person.safetensors")
+    assert state.keys() == random.keys()
+    assert facts["data seeds"] == "1000-1000, training parts"

@@ -495,8 +495,22 @@ def _paint(
     return row
 
 
-def _cloth(rng: np.random.Generator, vivid: float, grey: float = 0.32) -> np.ndarray:
-    """Draw an sRGB colour as clothes have them: many dark and greyish ones."""
+# Clothes have few, dull colours that many share, so colours alone do not tell people
+# apart; pattern, cut, hair, hat, bag and build do.
+_WARDROBE = [(0.11, 0.11, 0.12), (0.42, 0.42, 0.43), (0.80, 0.79, 0.77),
+             (0.17, 0.20, 0.33), (0.52, 0.46, 0.37)]  # fmt: skip
+
+
+def _cloth(rng: np.random.Generator) -> np.ndarray:
+    """Draw an sRGB colour of clothes: black, grey, white, navy or beige, about."""
+    colour = rng.choice(_WARDROBE, p=[0.30, 0.20, 0.20, 0.18, 0.12])
+    return np.clip(
+        colour * rng.uniform(0.92, 1.08) + rng.uniform(-0.015, 0.015, 3), 0.05, 1
+    )
+
+
+def _lacquer(rng: np.random.Generator, vivid: float, grey: float = 0.32) -> np.ndarray:
+    """Draw an sRGB colour as vehicles have them: many dark and greyish ones."""
     kind, hue = rng.random(), rng.random()
     s, v = rng.uniform(0.55, 0.8), rng.uniform(0.4, 0.8)
     if 0.2 < hue < 0.5 or hue > 0.72:  # loud greens and purples are rare
@@ -534,25 +548,25 @@ def _draw_person(rng: np.random.Generator) -> dict[str, Any]:
     woman = rng.random() < 0.5
     skin = rng.choice(_SKIN) + rng.uniform(-.04, .04)
     hair = np.clip(rng.choice(_HAIR) + rng.uniform(-.03, .03), .03, 1)
-    upper, lower = _cloth(rng, .35), _cloth(rng, .15)
-    second, inner = (_contrast(_cloth(rng, .4), upper) for _ in range(2))
-    carried = _cloth(rng, .25)
+    upper, lower = _cloth(rng), _cloth(rng)
+    second, inner = (_contrast(_cloth(rng), upper) for _ in range(2))
+    carried = _cloth(rng)
     garment = _pick(rng, tee=.34, sleeves=.32, jacket=.22, coat=.12)
     bag = _pick(rng, none=.42, backpack=.24, shoulder=.20, hand=.14)
     pattern = rng.choice([PLAIN, HOOPS, BARS, CHECK, BLOCKS, BLOTCHES],
-                         p=[.50, .14, .07, .09, .13, .07])
+                         p=[.16, .24, .17, .17, .11, .15])
     mark = NO_MARK
     if garment in ("jacket", "coat") and rng.random() < .7:
         mark = PANEL
     elif pattern == PLAIN:
         mark = rng.choice([NO_MARK, PRINT_FRONT, PRINT_BACK, PRINT_BOTH],
                           p=[.40, .25, .15, .20])
-    ratio = rng.uniform(.62, .74) if pattern == BLOCKS else rng.uniform(.3, .5)
+    ratio = rng.uniform(.62, .74) if pattern == BLOCKS else .5
     cloth: dict[str, Any] = {"c1": second, "c2": inner, "c3": carried, "rough": .30,
-                             "ratio": ratio, "frequency": rng.uniform(14, 30)}
+                             "ratio": ratio, "frequency": rng.choice([5.0, 8.0, 12.0])}
     torso = _paint(upper, pattern, **cloth, mark=mark,
-                   mark_x=rng.uniform(.012, .035) * (1 if mark == PANEL else 1.7),
-                   mark_z=rng.uniform(.69, .74), mark_h=rng.uniform(.018, .045),
+                   mark_x=rng.uniform(.016, .045) * (1 if mark == PANEL else 1.7),
+                   mark_z=rng.uniform(.66, .74), mark_h=rng.uniform(.025, .065),
                    strap={"shoulder": 1, "backpack": 2}.get(bag, 0))
     plain = pattern == BLOCKS or rng.random() < .25
     sleeve = _paint(second if plain else upper, PLAIN if plain else pattern,
@@ -563,11 +577,13 @@ def _draw_person(rng: np.random.Generator) -> dict[str, Any]:
         _pick(rng, trousers=.8, shorts=.2))
     style = _pick(rng, short=.12, bob=.28, long=.38, bun=.2, bald=.02) if woman else (
         _pick(rng, short=.72, bob=.08, long=.06, bun=.02, bald=.12))
-    trousers = _paint(lower, CHECK if rng.random() < .1 else PLAIN, c1=lower * .6,
-                      frequency=20, ratio=.3, rough=.34)
+    trousers = _paint(lower, rng.choice([PLAIN, HOOPS, BARS, CHECK, BLOCKS],
+                                        p=[.40, .16, .18, .14, .12]),
+                      c1=_contrast(_cloth(rng), lower), ratio=.5, rough=.34,
+                      frequency=rng.choice([5.0, 9.0]))
     hem = {"skirt": rng.uniform(.27, .36), "long": rng.uniform(.10, .20)}.get(
         legs, .36 if garment == "coat" else .5)
-    shoes = [(.12, .12, .12), (.85, .85, .85), (.35, .22, .14), _cloth(rng, .6)]
+    shoes = [(.12, .12, .12), (.85, .85, .85), (.35, .22, .14), _cloth(rng)]
     return {
         "height": rng.normal(1.64 if woman else 1.77, .07),
         "girth": np.clip(rng.normal(1, .11), .82, 1.35),
@@ -581,7 +597,7 @@ def _draw_person(rng: np.random.Generator) -> dict[str, Any]:
         "face": _paint(skin, FACE, np.minimum(hair, skin * .6), skin * [.8, .55, .55],
                        (.1, .07, .06), mark=not woman and rng.random() < .25),
         "hair": _paint(hair, rough=.35, gloss=.06), "trousers": trousers,
-        "hat_paint": _paint(_cloth(rng, .4), rough=.2),
+        "hat_paint": _paint(_cloth(rng), rough=.2),
         "skirt": torso if garment == "coat" or rng.random() < .4 else trousers,
         "shoe": _paint(shoes[rng.choice(4, p=[.35, .25, .15, .25])], gloss=.08),
         "bag_paint": _paint(carried, rough=.25, gloss=.05),
@@ -734,8 +750,8 @@ def _draw_vehicle(rng: np.random.Generator) -> dict[str, Any]:
     half, wheel, front, rear, *texts = _CARS[kind]
     body, cabin = (np.array(text.split(), float).reshape(-1, 2) for text in texts)
     stretch = rng.uniform(.94, 1.07) * np.array([1, rng.uniform(.97, 1.04)])
-    outline, base = body * stretch, _cloth(rng, .28, .55)
-    other = _contrast(_cloth(rng, .5), base)
+    outline, base = body * stretch, _lacquer(rng, .28, .55)
+    other = _contrast(_lacquer(rng, .5), base)
     decal = rng.choice(6, p=[.48, .12, .10, .12, .08, .10])
     top, (front, rear) = outline[:, 1].max(), stretch[0] * np.array([front, rear])
     dark, window = (.08, .08, .09), np.array([.08, .09, .10]) * rng.uniform(.6, 1.6)
@@ -747,7 +763,8 @@ def _draw_vehicle(rng: np.random.Generator) -> dict[str, Any]:
         "paint": _paint(base, BODYWORK, other, dark, window, **look, wheel=wheel,
                         axle_f=front, axle_r=rear, decal_z=top * rng.uniform(.62, .72),
                         lamp_z=min(.72 * top, .95), window_0=low, window_1=high),
-        "dark": _paint(dark, gloss=.1), "load_paint": _paint(_cloth(rng, .2), gloss=.3),
+        "dark": _paint(dark, gloss=.1),
+        "load_paint": _paint(_lacquer(rng, .2), gloss=.3),
         "load": _pick(rng, none=.6, rack=.25, box=.15),
         "rim": _paint((.06, .06, .06), RIM, [rng.choice([.75, .6, .3])] * 3,
                       wheel=wheel, frequency=float(rng.integers(4, 8))),
@@ -762,7 +779,7 @@ def _draw_vehicle(rng: np.random.Generator) -> dict[str, Any]:
             window_0=low + .08, window_1=who["roof"] - .09)
     if kind == "truck":
         who["box"] = stretch * [(-3.3, .95), (-3.3, 3.05), (1.1, 3.05), (1.1, .95)]
-        who["box_paint"] = _paint(_cloth(rng, .2), BODYWORK, other, dark, window,
+        who["box_paint"] = _paint(_lacquer(rng, .2), BODYWORK, other, dark, window,
                                   **look, decal_z=2.1, window_0=99)
     shells = (who[key] for key in ("outline", "cabin", "box") if who[key] is not None)
     ends = np.concatenate(list(shells))
@@ -969,7 +986,10 @@ def render_image(
     out = np.zeros((height, width, 3))
     view = np.concatenate([axes, eye[:, None]], 1)
     _cast(*arrays, boxes, view, window, light, ground, look["scene"], rays, out)
-    return _sensor(out / rays**2, look, track.normal(0, 0.06), rng)
+    # The light changes between a day's tracks, so a camera's mean colour tells little.
+    even, tint = (0.15, 0.08) if person else (0.06, 0.0)
+    drift = track.normal(0, even) + track.normal(0, tint, 3)
+    return _sensor(out / rays**2, look, drift, rng)
 
 
 def _crop(
@@ -977,8 +997,9 @@ def _crop(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return a corner and the size of the picture, as cut by a detector."""
     middle, (wide, tall) = (low + high) / 2, high - low
-    margin = rng.uniform(1.05, 1.15)
-    dx, dy = rng.uniform(-0.06, 0.06), rng.uniform(-0.4, 0.4)
+    loose, aside = (1.22, 0.09) if person else (1.15, 0.06)
+    margin = rng.uniform(1.04, loose)
+    dx, dy = rng.uniform(-aside, aside), rng.uniform(-0.4, 0.4)
     if person:  # the height counts, whatever the arms do
         size = np.array([tall * margin / aspect, tall * margin])
     else:  # a long vehicle is squeezed a little, as data sets do
@@ -990,7 +1011,7 @@ def _crop(
 
 
 def _sensor(
-    image: np.ndarray, look: dict[str, Any], drift: float, rng: np.random.Generator
+    image: np.ndarray, look: dict[str, Any], drift: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
     """Turn linear light [h, w, 3] into the camera's 8-bit picture."""
     height, width = image.shape[:2]

@@ -18,6 +18,9 @@ from o2cap.errors import InputError
 
 logger = logging.getLogger("o2cap")
 HEADS = ("fc", "classifier", "head", "heads")  # what libraries call a classifier
+# Label-free starts of the small network for rendered people and vehicles; card.json
+# says how data_scripts/pretrain.py made them.
+EMBEDDED = Path(__file__).parent
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
