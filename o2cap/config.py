@@ -321,6 +321,7 @@ PRESETS: dict[str, Config] = {
         _EMBEDDED,
         preset="synthetic-vehicles",
         dataset="synthetic-vehicles",
+        epochs=10,
         width=64,
         synthetic=SyntheticConfig(kind="vehicle"),
     ),
