@@ -139,6 +139,12 @@ class ClusteringConfig(_Checked):
     drop_single_camera: bool = False
     """Make clusters that one camera alone saw outliers."""
 
+    @property
+    def without_cameras(self) -> Self:
+        """The same for pictures whose cameras are not known."""
+        plain: Any = {"distance": "jaccard", "standardise": False}
+        return replace(self, **plain, drop_single_camera=False)
+
 
 @dataclass(frozen=True, config=STRICT)
 class LossConfig(_Checked):
@@ -341,8 +347,14 @@ PRESETS: dict[str, Config] = {
         clustering=ClusteringConfig(k1=30, eps=0.7),
         loss=LossConfig(temperature=0.05, momentum=0.1),
     ),
-    # the paper's, for the user's own pictures (manifest or folders)
-    "own": Config(preset="own", dataset="manifest"),
+    # the user's own pictures (manifest or folders): as the paper, but with clusters of
+    # standardised features, and one cut of the learning rate instead of two
+    "own": Config(
+        preset="own",
+        dataset="manifest",
+        optim=OptimConfig(milestones=(0.8,)),
+        clustering=ClusteringConfig(standardise=True),
+    ),
 }
 
 

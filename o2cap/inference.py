@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +30,7 @@ from o2cap.files import read_json, replacing, write_csv
 from o2cap.run import load_model
 from o2cap.trainer import advise, find_clusters
 
+logger = logging.getLogger("o2cap")
 _BLOCK_ELEMENTS = 2**24  # distances held at once (64 MiB)
 
 # ------------------------------------------------------------------------------- embed
@@ -388,7 +390,8 @@ def cluster(
 ) -> Clustering:
     """Group pictures into pseudo identities, with the run's clustering settings.
 
-    A warning says which `eps` to try where most pictures are left over, or together.
+    A warning says which `eps` to try where most pictures are left over, or together,
+    and where the run's settings use cameras that are not known here.
 
     Parameters
     ----------
@@ -404,15 +407,16 @@ def cluster(
     Raises
     ------
     InputError
-        As :func:`embed`, for features of another model, and for cameras that are not
-        known where the run's settings need them.
+        As :func:`embed`, and for features of another model.
     """
     config, _ = load_model(run)
     if eps is not None:
         config = replace(config, clustering=replace(config.clustering, eps=eps))
     found = embed(run, pictures, device=device, skip_unreadable=skip_unreadable)
-    if config.clustering.standardise or config.clustering.distance != "jaccard":
-        _cameras("The run's clustering", found.images)
+    known = all(found.images.camera(i) for i in range(len(found.images)))
+    if not known and config.clustering != (plain := config.clustering.without_cameras):
+        logger.warning("some cameras are not known: clustered as if all were one")
+        config = replace(config, clustering=plain)
     given = (found.features, found.images.camids, config)
     clusters = find_clusters(*given)
     advise(*given, clusters)

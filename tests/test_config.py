@@ -272,7 +272,7 @@ def test_a_value_of_another_kind_is_refused(option: str, value: Any, rule: str) 
     ("args", "rule"),
     [
         ("--clustering.k1 5 --clustering.k2 6", "k2 is 6; .* k1 beside it, which is 5"),
-        ("--clustering.k2-inter 21", "k2-inter is 21; .* which is 20"),
+        ("--clustering.k2-inter 21", "k2-inter is 21; .* which is 10"),
         ("--batch.proxies 1 --batch.images 1", "at least 2 pictures"),
     ],
 )
@@ -349,7 +349,7 @@ def test_other_yaml_is_refused(text: str, words: str, tmp_path: Path) -> None:
 
 
 def test_settings_of_version_0_1_0_are_read(tmp_path: Path) -> None:
-    config = preset("smoke", pooling="gem", loss=LossConfig(negatives=9))
+    config = preset("market1501", pooling="gem", loss=LossConfig(negatives=9))
     old = config.to_dict()
     for name in ("distance", "k1_intra", "standardise"):  # it had no such settings
         del old["clustering"][name]

@@ -468,14 +468,20 @@ def test_too_few_clusters_come_with_advice(
     assert "3 pictures, 1 clusters, 0 outliers; no eps up to 0.8" in caplog.text
 
 
-def test_a_clustering_that_knows_cameras_needs_them(run: Path, tmp_path: Path) -> None:
+def test_a_clustering_that_knows_cameras_does_without_where_they_are_unknown(
+    run: Path, embedding: Embedding, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config = tmp_path / "run/config.yaml"
     shutil.copytree(run, config.parent)
     text = config.read_text()
     config.write_text(text.replace("standardise: false", "standardise: true"))
-    paint(tmp_path / "set/x.png", 0, 0, 0)
-    with pytest.raises(InputError, match=r"clustering needs the camera of .*x\.png"):
-        cluster(config.parent, tmp_path / "set")
+    plain = cluster(run, embedding).clusters
+    cluster(config.parent, embedding)
+    assert "not known" not in caplog.text
+    images = ImageSet(embedding.images.paths, torch.full_like(plain, -1))
+    unknown = replace(embedding, images=images)
+    assert torch.equal(cluster(config.parent, unknown).clusters, plain)
+    assert "some cameras are not known" in caplog.text
 
 
 def test_names_of_files_survive_csv(tmp_path: Path) -> None:
