@@ -46,19 +46,6 @@ RUN = ["dataset", "method", *SEEDS, "study", "value"]  # tells the lines apart
 
 PUBLISHED = pd.read_csv(Path(__file__).with_name("published.csv"), comment="#")
 
-# What a study varies: label, and whether the axis is logarithmic.
-STUDIES: dict[str, tuple[str, bool]] = {
-    "strength": ("camera gap (1: the book's)", False),
-    "cameras": ("cameras (number)", False),
-    "k1": ("k1 (neighbours)", False),
-    "eps": ("eps (Jaccard distance)", False),
-    "temperature": ("temperature τ", True),
-    "momentum": ("momentum μ", False),
-    "negatives": ("negatives (proxies)", True),
-}
-
-APART = ("strength", "cameras", "data_seed")  # with a table of their own
-
 # ------------------------------------------------------------------------------ reading
 
 
@@ -112,10 +99,13 @@ def read_results(folder: Path) -> list[DataFrame]:
     """Read the records in a folder that hold results of the methods.
 
     Those are the files that name a ``target``; left out is what serves only to check
-    the code (target ``check``).
+    the code, or to choose the settings (targets ``check`` and ``tuning``).
     """
-    paths = sorted(folder.glob("*.json"))
-    return [read_record(p) for p in paths if _load(p).get("target", "check") != "check"]
+    named = {p: _load(p).get("target") for p in sorted(folder.glob("*.json"))}
+    return [read_record(p) for p, t in named.items() if t not in OTHERS]
+
+
+OTHERS = (None, "check", "tuning")
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -151,10 +141,17 @@ def default_value(study: str) -> float | None:
 
 
 def methods_in(rows: DataFrame) -> list[str]:
-    """Return the methods of the lines, in the order of tables and figures."""
-    there = set(rows.method)
-    known = [m for m in (BEFORE, *METHODS) if m in there]
-    return known + sorted(there - {*known})
+    """Return the methods of the lines, in the order of tables and figures.
+
+    One with additions, such as ``both+std``, stands behind the one without.
+    """
+    order = [BEFORE, *METHODS]
+
+    def place(method: str) -> tuple[int, str]:
+        base = method.partition("+")[0]
+        return order.index(base) if base in order else len(order), method
+
+    return sorted(set(rows.method), key=place)
 
 
 def by_seed(rows: DataFrame, metric: str = "mAP") -> DataFrame:
@@ -193,18 +190,20 @@ class Summary:
     high: float
     above: int
 
-    def side(self) -> int:
-        """Return 1 or −1 where the mean is surely above or below zero, else 0.
+    def student(self) -> tuple[float, float]:
+        """Return Student's 95 % interval of the mean; NaN for fewer than two values.
 
-        Surely: the bootstrap's interval leaves out zero, and so does Student's, which
-        allows for few values where the bootstrap's is too short.
+        It allows for few values, where the bootstrap's interval is too short.
         """
         if self.n < 2:
-            return 0
+            return np.nan, np.nan
         half = stats.t.ppf(0.975, self.n - 1) * self.sd / self.n**0.5
-        if min(self.low, self.mean - half) > 0:
-            return 1
-        return -1 if max(self.high, self.mean + half) < 0 else 0
+        return self.mean - half, self.mean + half
+
+    def side(self) -> int:
+        """Return 1 or −1 where Student's interval lies above or below zero, else 0."""
+        low, high = self.student()
+        return int(low > 0) - int(high < 0)
 
     def text(self, digits: int = 1) -> str:
         """Return the numbers as a cell of a table."""
@@ -279,51 +278,12 @@ def in_words(a: str, b: str, difference: Summary | None) -> str:
     points = f"{a} is {abs(d.mean):.1f} points of mAP {side} {b}"
     if d.n == 1:
         return f"On the one seed that was run, {points}; one seed allows no conclusion."
-    interval = f"{d.low:+.1f} to {d.high:+.1f} at 95 %"
+    low, high = d.student()
+    interval = f"{low:+.1f} to {high:+.1f} at 95 %"
     numbers = f"({interval}; {a} is the higher in {d.above} of {d.n} seeds)"
     if d.side():
         return f"{points} {numbers}."
-    if d.low > 0 or d.high < 0:
-        return f"On average {points}, which so few seeds do not settle {numbers}."
-    shown = f"no difference is shown: {d.mean:+.1f} points of mAP"
-    return f"Between {a} and {b} {shown} {numbers}."
-
-
-def variance_components(values: Series) -> tuple[float, float]:
-    """Split the variance into that of the data seed and that of the training seed.
-
-    One-way analysis of variance with the data seed as a random factor. The variance
-    inside a data seed is the training's; what the means of the data seeds vary beyond
-    what that explains is the data's, and 0 where it would be negative.
-
-    Parameters
-    ----------
-    values : Series
-        By data seed and training seed, such as a column of :func:`by_seed`; at least
-        two data seeds, and one of them with two training seeds.
-
-    Returns
-    -------
-    data, training : float
-        Variances, in the square of the unit of the values.
-
-    Raises
-    ------
-    ValueError
-        For too few runs.
-
-    Book: :eq:`variance_components`
-    """
-    groups = values.groupby(level=0)
-    size, means = groups.count(), groups.mean()
-    n, k = size.sum(), len(size)
-    if k < 2 or n == k:
-        raise ValueError("too few data seeds, or one training seed in each")
-    inside = ((values - groups.transform("mean")) ** 2).sum()
-    training = float(inside / (n - k))
-    between = float((size * (means - values.mean()) ** 2).sum() / (k - 1))
-    typical = (n - (size**2).sum() / n) / (k - 1)
-    return max(0.0, (between - training) / typical), training
+    return f"On average {points}, which the seeds do not settle {numbers}."
 
 
 # ------------------------------------------------------------------------------- tables
@@ -333,7 +293,7 @@ PAIRS = (
     *(("offline", "baseline"), ("online", "baseline"), ("both", "baseline")),
     *(("online", "offline"), ("both", "offline"), ("both", "online")),
     *(("intra", "baseline"), ("offline", "intra"), ("both", "intra")),
-    *(("both+gem", "both"), ("both+ibn", "both"), ("both+ibn+gem", "both")),
+    *(("both+ca", "both"), ("both+std", "both"), ("both+std", "both+ca")),
     ("supervised", "both"),
 )
 EPOCHS = ["mAP", "ari", "cameras_per_cluster"]  # over the epochs
@@ -394,13 +354,20 @@ def ablation_table(rows: DataFrame) -> DataFrame:
 
 
 def paired_table(rows: DataFrame) -> DataFrame:
-    """Differences of mAP between methods, paired by seed."""
+    """Differences of mAP between methods, paired by seed.
+
+    Beside the bootstrap's interval stands Student's; a difference is *settled* when
+    that leaves out zero.
+    """
     runs = by_seed(rows)
     lines = []
     for a, b in PAIRS:
         if {a, b} <= {*runs} and (d := paired_difference(runs[a], runs[b])):
-            lines.append([f"{a} − {b}", d, f"{d.above} of {d.n}"])
-    return DataFrame(lines, columns=["difference", "mAP (points)", "seeds above 0"])
+            student = "{:+.1f} to {:+.1f}".format(*d.student()) if d.n > 1 else ""
+            settled = {1: "above", -1: "below", 0: "no"}[d.side()]
+            lines.append([f"{a} − {b}", d, student, f"{d.above} of {d.n}", settled])
+    header = ["difference", "mAP (points)", "Student's 95 %"]
+    return DataFrame(lines, columns=[*header, "seeds above 0", "settled"])
 
 
 def gain_table(rows: DataFrame, study: str) -> DataFrame:
@@ -411,7 +378,7 @@ def gain_table(rows: DataFrame, study: str) -> DataFrame:
     rows : DataFrame
         Of the study, as from :func:`with_defaults`.
     study : str
-        ``strength`` or ``cameras``.
+        Such as ``strength``.
     """
     runs = rows.pivot(index=["value", *SEEDS], columns="method", values="mAP")
     runs = runs[methods_in(rows)]
@@ -423,49 +390,7 @@ def gain_table(rows: DataFrame, study: str) -> DataFrame:
 
 
 GAINS = (", mAP (%)", " − baseline (points)")
-
-
-def sensitivity_table(rows: DataFrame) -> DataFrame:
-    """Each value of each setting, and what it changes, paired by seed.
-
-    Parameters
-    ----------
-    rows : DataFrame
-        Of one study or several, as from :func:`with_defaults`.
-    """
-    lines = []
-    for (study, method), runs in rows.groupby(["study", "method"], sort=False):
-        usual = default_value(study)
-        before = runs[runs.value == usual].set_index(SEEDS)["mAP"]
-        for value, part in runs.groupby("value"):
-            change = paired_difference(part.set_index(SEEDS)["mAP"], before)
-            line = [
-                study,
-                value,
-                method,
-                summarise(part["mAP"]),
-                summarise(part["ari"]),
-            ]
-            lines.append([*line, change if value != usual else None])
-    header = ["setting", "value", "method", LABELS["mAP"], LABELS["ari"]]
-    header.append("mAP − at the usual value (points)")
-    return DataFrame(lines, columns=header)
-
-
-def seeds_table(rows: DataFrame) -> DataFrame:
-    """Effect of the data seed and of the training seed on mAP, as s.d. in points."""
-    lines = []
-    for method, runs in by_seed(rows).items():
-        runs = runs.dropna()
-        try:
-            components = variance_components(runs)
-        except ValueError:
-            continue  # not enough runs of this method
-        counts = [runs.index.unique(level).size for level in SEEDS]
-        lines.append([method, *counts, len(runs), *np.sqrt(components)])
-    header = ["method", "data seeds", "training seeds", "runs"]
-    header += ["s.d. by data (points)", "s.d. by training (points)"]
-    return DataFrame(lines, columns=header)
+AXES = {"strength": "camera gap (1: the book's)"}
 
 
 def convergence_table(rows: DataFrame) -> DataFrame:
@@ -538,7 +463,8 @@ def ablation_figure(rows: DataFrame) -> Figure:
         there = run.notna()
         ax.plot(place[there], run[there], color=GREYS[2], lw=0.8, zorder=1)
     for x, (method, values) in enumerate(runs.items()):
-        ax.plot([x] * len(values), values, ls="", alpha=0.7, **look(method))
+        style = look(method.partition("+")[0])  # additions look like the method
+        ax.plot([x] * len(values), values, ls="", alpha=0.7, **style)
     style = {"color": "black", "marker": "_", "ls": ""}
     intervals(ax, place + 0.25, runs.apply(summarise), **style)
     ax.set_xticks(place, [m.replace(" ", "\n") for m in runs])
@@ -563,7 +489,7 @@ def gain_figure(rows: DataFrame, study: str = "strength") -> Figure:
                 known = table.dropna(subset=[method + what])
                 x = known[study] + (i - (len(methods) - 1) / 2) * step
                 intervals(ax, x, known[method + what], lw=1, **look(method))
-        ax.set(xlabel=STUDIES[study][0], xticks=values)
+        ax.set(xlabel=AXES.get(study, study), xticks=values)
     axes[0].set(ylabel="mAP (%)", ylim=(0, None))
     axes[1].set_ylabel("gain over baseline (points)")
     axes[1].axhline(0, color=GREY, lw=1, ls="--")
@@ -580,32 +506,6 @@ def convergence_figure(rows: DataFrame) -> Figure:
         for part in ("mean", "low", "high")
     )
     return curves(mean, size=(7 / 3, 3.1), ends=ends)
-
-
-@mpl.rc_context(STYLE)
-def sensitivity_figure(rows: DataFrame) -> Figure:
-    """Draw mAP over the values of each setting: dots for seeds, a line for the mean.
-
-    A dotted line marks the value that is used everywhere else.
-    """
-    studies = list(rows.groupby("study", sort=False))
-    fig, axes = panels(len(studies), columns=3, size=(7 / 3, 2.5), sharey=True)
-    for ax, (study, part) in zip(axes, studies, strict=True):
-        for method, runs in part.groupby("method"):
-            ax.plot(runs.value, runs.mAP, ls="", **look(method))
-            mean = runs.groupby("value").mAP.mean()
-            ax.plot(mean, color=look(method)["color"], lw=1)
-        label, logarithmic = STUDIES[study]
-        ax.set_xscale("log" if logarithmic else "linear")
-        values = sorted(part.value.unique())
-        ax.set_xticks(values, [f"{v:g}" for v in values], minor=False)
-        ax.minorticks_off()
-        ax.axvline(default_value(study) or 0, color=GREY, lw=1, ls=":")
-        ax.set_xlabel(label)
-    for ax in axes[::3]:
-        ax.set_ylabel("mAP (%)")
-    axes[0].set_ylim(0, 1.05 * axes[0].get_ylim()[1])  # of all, when all is drawn
-    return fig
 
 
 @mpl.rc_context(STYLE)
@@ -690,24 +590,12 @@ def _tables(records: list[DataFrame]) -> Iterator[tuple[Any, ...]]:
                 if len(table):
                     yield name, f"{dataset}: {what}", table, draw and draw(rows)
     everything = pd.concat(records, ignore_index=True)
-    for dataset, rows in everything.groupby("dataset"):
-        studies = {s: with_defaults(rows, s) for s in rows.study.unique() if s}
-        for study in sorted({*studies} & {"strength", "cameras"}):
-            found, caption = studies[study], f"{dataset}: {STUDIES[study][0]}"
+    for dataset, study in everything.groupby(["dataset", "study"]).groups:
+        if study:
+            same = everything[everything.dataset == dataset]
+            found, name = with_defaults(same, study), f"{study}-{dataset}"
             table, figure = gain_table(found, study), gain_figure(found, study)
-            yield f"{study}-{dataset}", caption, table, figure
-        if "data_seed" in studies:
-            caption = f"{dataset}: what a seed changes in mAP"
-            yield (
-                f"data_seed-{dataset}",
-                caption,
-                seeds_table(studies["data_seed"]),
-                None,
-            )
-        if single := [studies[s] for s in studies if s not in APART]:
-            rows, caption = pd.concat(single), f"{dataset}: one setting at a time"
-            table, figure = sensitivity_table(rows), sensitivity_figure(rows)
-            yield f"sensitivity-{dataset}", caption, table, figure
+            yield name, f"{dataset}: {AXES.get(study, study)}", table, figure
     caption = "Published numbers, and this code's"
     yield "published", caption, published_table(everything), None
     yield "failures", "Jobs that failed", failures_table(records), None

@@ -80,10 +80,8 @@ def main(
         changed = found["standardised_transductive"]
         for method, metrics in (("strip", found), ("strip, standardised", changed)):
             kept = {key: round(metrics[key], 6) for key in ("mAP", "rank1")}
-            seed = config.seed if name != "ward" else None
-            rows.append(
-                {"dataset": name, "method": method, "seed": seed, "metrics": kept}
-            )
+            about = {"dataset": name, "method": method, "seed": config.seed}
+            rows.append(about | {"metrics": kept})
         print(rows[-2:], flush=True)
     record = {
         "what": "Histograms of colours, without any training.",

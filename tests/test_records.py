@@ -31,21 +31,25 @@ from o2cap_book.records import (
     gain_table,
     in_words,
     markdown,
+    methods_in,
     paired_difference,
     paired_table,
     published_table,
     read_record,
     read_results,
-    seeds_table,
-    sensitivity_table,
     summarise,
-    variance_components,
     with_defaults,
     with_start,
     write_tables,
 )
 
 MEAN = {"baseline": 0.2, "offline": 0.3, "online": 0.5, "both": 0.5}
+
+
+LUCK = [
+    *((10, "online", 0.5), (11, "online", 0.5), (12, "online", 0.5)),
+    *((10, "both", 0.51), (11, "both", 0.52), (12, "both", 0.56)),
+]
 
 
 def row(method="both", seed=10, m_ap=0.5, **changes):
@@ -256,11 +260,20 @@ def test_differences_are_paired_by_seed():
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ([5.0, 6.0, 7.0], "both is 6.0 points of mAP above online (+5.0 to +7.0"),
-        ([-5.0, -6.0, -7.0], "both is 6.0 points of mAP below online (-7.0 to -5.0"),
-        ([-1.0, 1.0, 3.0], "no difference is shown: +1.0 points of mAP (-1.0 to +3.0"),
-        ([1.0, 1.2, 6.0], "2.7 points of mAP above online, which so few seeds do not"),
-        ([-1.0, -1.2, -6.0], "2.7 points of mAP below online, which so few seeds do"),
+        ([5.0, 6.0, 7.0], "both is 6.0 points of mAP above online (+3.5 to +8.5"),
+        ([-5.0, -6.0, -7.0], "both is 6.0 points of mAP below online (-8.5 to -3.5"),
+        (
+            [-1.0, 1.0, 3.0],
+            "both is 1.0 points of mAP above online, which the seeds do not settle (-4",
+        ),
+        (
+            [1.0, 1.2, 6.0],
+            "2.7 points of mAP above online, which the seeds do not settle",
+        ),
+        (
+            [-1.0, -1.2, -6.0],
+            "2.7 points of mAP below online, which the seeds do not settle",
+        ),
         ([4.0], "one seed allows no conclusion"),
     ],
 )
@@ -270,49 +283,30 @@ def test_words_say_no_more_than_the_interval(values, said):
     if len(values) > 1:
         above = sum(v > 0 for v in values)
         assert f"both is the higher in {above} of 3 seeds" in text
-        assert ("no difference" in text) == (min(values) <= 0 <= max(values))
+        assert ("not settle" in text) == (summarise(values).side() == 0)
 
 
-def test_surely_above_zero_takes_both_intervals():
+def test_settled_is_what_students_interval_leaves_zero_out_of():
     # Student: 6 ± 4.303 · 1 / √3 = 6 ± 2.48
+    assert summarise([5.0, 6.0, 7.0]).student() == pytest.approx(
+        (3.516, 8.484), abs=1e-3
+    )
     assert summarise([5.0, 6.0, 7.0]).side() == 1
     assert summarise([-5.0, -6.0, -7.0]).side() == -1
     assert summarise([1.4, 2.4, 3.4]).side() == 0  # 2.4 - 2.48 is below 0
     assert summarise([1.6, 2.6, 3.6]).side() == 1  # 2.6 - 2.48 is not
+    assert np.isnan(summarise([7.0]).student()).all()
     assert summarise([7.0]).side() == 0
+
+
+def test_methods_stand_in_order_and_additions_behind_their_method():
+    shuffled = ["supervised", "new", "both+std", "online", "both", "both+ca", BEFORE]
+    there = methods_in(frame([row(m) for m in shuffled]))
+    assert there == [BEFORE, "online", "both", "both+ca", "both+std", *shuffled[:2]]
 
 
 def test_words_without_a_common_seed():
     assert "not run on the same seeds" in in_words("a", "b", None)
-
-
-def test_variance_components_by_hand():
-    # two data seeds, means 0 and 10, ±1 inside: training 2, data 50 − 2 / 2
-    values = {(0, 0): -1.0, (0, 1): 1.0, (1, 0): 9.0, (1, 1): 11.0}
-    found = variance_components(runs(values))
-    assert found == (pytest.approx(49.0), pytest.approx(2.0))
-    # equal means: nothing beyond what training explains
-    level = {(0, 0): -1.0, (0, 1): 1.0, (1, 0): -1.0, (1, 1): 1.0}
-    assert variance_components(runs(level)) == (0.0, pytest.approx(2.0))
-
-
-def test_variance_components_find_what_was_put_in():
-    rng = np.random.default_rng(0)
-    data = rng.normal(0, 3, 400)
-    values = {
-        (d, s): float(data[d] + rng.normal(0, 2))
-        for d in range(400)
-        for s in range(2 + d % 3)  # not the same number in each
-    }
-    between, inside = variance_components(runs(values))
-    assert between == pytest.approx(9, rel=0.2)
-    assert inside == pytest.approx(4, rel=0.2)
-
-
-@pytest.mark.parametrize("values", [{(0, 0): 1.0}, {(0, 0): 1.0, (1, 1): 2.0}])
-def test_variance_components_need_enough(values):
-    with pytest.raises(ValueError, match="too few"):
-        variance_components(runs(values))
 
 
 # ------------------------------------------------------------------------------- tables
@@ -357,7 +351,19 @@ def test_paired_lines_count_seeds():
     assert found["both − baseline"]["seeds above 0"] == "5 of 5"
     assert found["both − baseline"]["mAP (points)"].mean == pytest.approx(30.3)
     assert found["both − baseline"]["mAP (points)"].sd == pytest.approx(0, abs=1e-9)
+    assert found["both − baseline"]["settled"] == "above"
+    # the additions of 0.1 points a method have no spread at all
+    assert found["both − online"]["Student's 95 %"] == "+0.1 to +0.1"
     assert "intra − baseline" not in found
+
+
+def test_a_difference_that_may_be_luck_is_not_settled():
+    rows = [row(m, s, v) for s, m, v in LUCK]
+    (line,) = paired_table(frame(rows)).to_dict("records")
+    # differences of 1, 2 and 6 points: 3 ± 4.303 · 2.646 / √3
+    assert line["mAP (points)"].low > 0
+    assert line["Student's 95 %"] == "-3.6 to +9.6"
+    assert (line["seeds above 0"], line["settled"]) == ("3 of 3", "no")
 
 
 def test_a_study_shows_gains_over_the_baseline():
@@ -372,27 +378,6 @@ def test_a_study_shows_gains_over_the_baseline():
     assert left.get_xlabel() == right.get_xlabel() == "camera gap (1: the book's)"
     alone = gain_table(rows[rows.method == "both"], "strength")
     assert list(alone) == ["strength", "both, mAP (%)", "both − baseline (points)"]
-
-
-def test_sensitivity_is_the_change_from_the_usual_value():
-    rows = frame(ablation() + studies())
-    low, usual = sensitivity_table(with_defaults(rows, "eps")).values.tolist()
-    assert low[:3] == ["eps", 0.4, "both"]
-    assert usual[1] == default_value("eps") == 0.5
-    # 0.4 against 0.483 and 0.503 of the same seeds
-    assert low[5].mean == pytest.approx(40 - 49.3)
-    assert (low[5].n, low[5].above) == (2, 0)
-    assert usual[5] is None
-    alone = sensitivity_table(rows[rows.study == "eps"])  # no run at the usual value
-    assert alone.values.tolist() == [[*low[:5], None]]
-
-
-def test_seeds_of_data_and_of_training():
-    rows = frame(ablation() + studies())
-    (line,) = seeds_table(with_defaults(rows, "data_seed")).values.tolist()
-    assert line[:4] == ["both", 2, 2, 4]
-    fresh = rows[rows.study == ""]
-    assert seeds_table(fresh).empty  # one training seed a data seed
 
 
 def test_convergence_is_a_summary_of_each_epoch():
@@ -447,7 +432,7 @@ def test_everything_is_written_and_listed(tmp_path):
     index = files[0].read_text()
     names = {f.name for f in files}
     assert "- ablation: A test. (device cpu, abc)" in index
-    for stem in ("ablation-synthetic", "strength-synthetic", "sensitivity-synthetic"):
+    for stem in ("ablation-synthetic", "strength-synthetic", "eps-synthetic"):
         assert {f"{stem}.svg", f"{stem}.png"} <= names
         assert f"({stem}.svg)" in index
     for stem in ("ablation-synthetic-cost", "data_seed-synthetic", "published"):
@@ -474,7 +459,7 @@ def test_without_records_the_person_is_told(tmp_path):
 def test_the_committed_records_can_be_read():
     folder = Path(__file__).parents[1] / "reproduce" / "records"
     tuning = read_record(folder / "tuning.json").query("dataset == 'synthetic'")
-    assert [*by_seed(tuning)["both"].index] == [(s, s) for s in range(3)]
+    assert set(tuning.seed) <= {0, 1, 2}
     for record in read_results(folder):
         rendered = record.query("dataset == 'synthetic' and study == ''")
         assert (rendered.seed > 2).all(), "a tuning seed among the results"
