@@ -210,6 +210,29 @@ def test_the_background_belongs_to_the_camera() -> None:
     assert np.median(apart[~np.eye(5, dtype=bool)]) > 2 * within
 
 
+def test_the_light_changes_from_track_to_track() -> None:
+    # A corner of the background, at one camera: four pictures of each person's pass.
+    config = SyntheticConfig(strength=0.0, cameras=1, images_per_camera=4)
+    corners = np.array(
+        [
+            [render_image(config, 0, who, 0, i)[:6, :5].mean((0, 1)) for i in range(4)]
+            for who in range(12)
+        ]
+    )
+    track = np.median(corners, 1)  # a passer-by stands in some corners
+    within = np.median(np.abs(corners - track[:, None]).sum(-1))
+    assert np.median(np.abs(track - np.median(track, 0)).sum(-1)) > 2 * within
+
+
+def test_clothes_have_few_colours_that_many_share() -> None:
+    rng = np.random.default_rng(0)
+    cloths = np.array([synthetic._cloth(rng) for _ in range(400)])
+    near = np.abs(cloths[:, None] - cloths[None]).max(-1) < 0.1
+    shared = near.mean(1)  # of the others, how many wear about this colour
+    assert shared.min() > 0.05
+    assert 0.1 < shared.mean() < 0.4
+
+
 # --------------------------------------------------------------------- the pictures
 def silhouette(who: int, camera: int, frame: int) -> np.ndarray:
     """Return which pixels show the body: those that its paint can change."""
