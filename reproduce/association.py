@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+import o2cap
 from o2cap import losses
 from o2cap.config import Config, LossConfig, SyntheticConfig, preset
 from o2cap.data import load_configured
@@ -248,7 +249,14 @@ def main() -> None:
     say.add_argument("--device", default="cpu")
     say.add_argument("--workers", type=int, default=1)
     given = say.parse_args()
-    record = read_json(given.output) if given.output.is_file() else {"rows": []}
+    record: Row = {
+        "what": "When offline association helps: diagnosis and broken identities.",
+        "versions": {"o2cap": o2cap.__version__, "torch": torch.__version__},
+        "device": given.device,
+        "rows": [],
+    }
+    if given.output.is_file():
+        record = read_json(given.output)
     done = [{k: row[k] for k in row["job"]} for row in record["rows"]]
     todo = [job for job in jobs(given.seeds) if _key(job) not in map(_key, done)]
     with ProcessPoolExecutor(given.workers, get_context("spawn")) as pool:
