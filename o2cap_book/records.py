@@ -27,11 +27,13 @@ from o2cap.config import preset
 from o2cap.errors import InputError
 from o2cap.files import replacing
 from o2cap_book.figures import (
+    BLUE,
     GREY,
     GREYS,
     METHODS,
     METRICS,
     STYLE,
+    VERMILLION,
     Figure,
     curves,
     legend,
@@ -113,6 +115,56 @@ def _load(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path} is missing or damaged ({error}).") from error
+
+
+def every_difference(folder: Path) -> DataFrame:
+    """Return `both` − `online` of all pairs of runs that the records of a folder hold.
+
+    The runs of a pair differ in nothing but the method. Those of the tuning are among
+    them, and those with true identities as clusters, some broken on purpose.
+
+    Returns
+    -------
+    DataFrame
+        ``source`` (in words), ``dataset``, ``seed``; ``difference`` in points of mAP;
+        ``cameras`` per cluster of the `online` run at its end, NaN if not measured.
+    """
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        record, rows = _load(path), []
+        if path.stem == "tuning":
+            for run in record["tried"]:
+                given = {k.rpartition(".")[2]: v for k, v in run["changes"].items()}
+                named = [f"{w} {given[k]:g}" for k, w in SHORT.items() if k in given]
+                same = f"{run['start']} {sorted(given.items())}"
+                source = ", ".join(["tuning", *named])
+                rows.append(run | {"same": same, "source": source})
+        elif path.stem == "association":
+            for run in record["rows"]:
+                if run["part"] == "fragments":
+                    source = f"true people, {100 * run['cut']:.0f} % cut"
+                    merged = f", {100 * run['merge']:.0f} % merged"
+                    source += merged * (run["merge"] > 0)
+                    metrics = {"mAP": run["mAP"]}
+                    rows.append(run | {"metrics": metrics, "source": source})
+        elif path.stem in ("ablation", "studies", "vehicles", "ward", "ward_beyond"):
+            for run in record["rows"]:
+                study = f", {run['study']} {run['value']}" if run.get("study") else ""
+                rows.append(run | {"source": f"{path.stem}{study}"})
+        if rows:
+            found.append(pd.json_normalize(rows))
+    runs = pd.concat(found)
+    runs["dataset"] = runs["dataset"].fillna("synthetic")
+    runs = runs.reindex(columns=runs.columns.union(["same", "data_seed"]))
+    on = ["source", "dataset", "seed", "data_seed", "same"]
+    both, online = (runs[runs.method == m] for m in ("both", "online"))
+    pairs = both.merge(online, on=on, suffixes=("", " online"))
+    gain = 100 * (pairs["metrics.mAP"] - pairs["metrics.mAP online"])
+    cameras = pairs["clusters.cameras_per_cluster online"]
+    return pairs[on[:3]].assign(difference=gain, cameras=cameras)
+
+
+SHORT = {"momentum": "μ", "k1": "k1", "eps": "ε", "epochs": "epochs"}
 
 
 def with_defaults(rows: DataFrame, study: str) -> DataFrame:
@@ -519,6 +571,31 @@ def cost_figure(rows: DataFrame) -> Figure:
     ax.invert_yaxis()
     ax.set_xlabel("seconds of a run, medians over seeds")
     fig.legend(loc="outside lower center", ncols=4)
+    return fig
+
+
+@mpl.rc_context(STYLE)
+def forest_figure(differences: DataFrame) -> Figure:
+    """Draw differences, a line for each ``source`` and data set, a dot for each seed.
+
+    From three seeds on, a bar is Student's interval; blue is settled above zero, red
+    below. The black stroke is the mean.
+    """
+    lines = [*differences.groupby(["source", "dataset"], sort=False)["difference"]]
+    fig, (ax,) = panels(1, columns=1, size=(6.8, 0.33 * len(lines) + 0.9))
+    for y, (_, values) in enumerate(lines):
+        d = summarise(values)
+        assert d is not None
+        side = d.side() if d.n > 2 else 0
+        colour = {1: BLUE, -1: VERMILLION, 0: GREYS[0]}[side]
+        if d.n > 2:
+            ax.plot(d.student(), [y, y], color=colour, lw=5, alpha=0.45)
+        ax.plot(values, [y] * len(values), "o", color=colour)
+        ax.plot(d.mean, y, "|", color="black", ms=12, mew=2)
+    ax.axvline(0, color=GREY, ls="--", lw=1)
+    names = [s if d == "synthetic" else f"{s} ({d})" for (s, d), _ in lines]
+    ax.set_yticks(range(len(names)), names)
+    ax.set(ylim=(len(names) - 0.5, -0.5), xlabel="both − online (points of mAP)")
     return fig
 
 

@@ -26,7 +26,9 @@ from o2cap_book.records import (
     cost_table,
     csv,
     default_value,
+    every_difference,
     failures_table,
+    forest_figure,
     gain_figure,
     gain_table,
     in_words,
@@ -50,6 +52,9 @@ LUCK = [
     *((10, "online", 0.5), (11, "online", 0.5), (12, "online", 0.5)),
     *((10, "both", 0.51), (11, "both", 0.52), (12, "both", 0.56)),
 ]
+
+
+GAP = {"both": 0.6, "online": 0.4}
 
 
 def row(method="both", seed=10, m_ap=0.5, **changes):
@@ -378,6 +383,40 @@ def test_a_study_shows_gains_over_the_baseline():
     assert left.get_xlabel() == right.get_xlabel() == "camera gap (1: the book's)"
     alone = gain_table(rows[rows.method == "both"], "strength")
     assert list(alone) == ["strength", "both, mAP (%)", "both − baseline (points)"]
+
+
+def test_every_difference_pairs_runs_that_differ_in_the_method_only(tmp_path):
+    write(tmp_path, "ablation", ablation())
+    gap = [row(m, 20, v, study="strength", value=0.5) for m, v in GAP.items()]
+    write(tmp_path, "studies", gap)
+    tried = [
+        {**row(m, 0, v), "start": "x", "changes": {"loss.momentum": mu}}
+        for m, v, mu in (("both", 0.7, 0.2), ("online", 0.6, 0.2), ("online", 0.1, 0.8))
+    ]
+    write(tmp_path, "tuning", [], tried=tried)
+    broken = [
+        {
+            "part": "fragments",
+            "seed": 1,
+            "cut": 0.5,
+            "merge": 0.3,
+            "method": m,
+            "mAP": v,
+        }
+        for m, v in GAP.items()
+    ]
+    write(tmp_path, "association", [*broken, {"part": "diagnosis"}])
+    found = every_difference(tmp_path).set_index("source")
+    assert found.loc["ablation"].difference.tolist() == pytest.approx([0.1] * 5)
+    assert found.loc["studies, strength 0.5", "difference"] == pytest.approx(20)
+    assert found.loc["tuning, μ 0.2", "difference"] == pytest.approx(10)
+    assert "tuning, μ 0.8" not in found.index  # nothing to pair it with
+    name = "true people, 50 % cut, 30 % merged"
+    assert found.loc[name, ["difference", "seed"]].tolist() == pytest.approx([20, 1])
+    assert np.isnan(found.loc[name, "cameras"])
+    assert (found.loc["ablation"].cameras == 2.5).all()
+    (ax,) = forest_figure(found.reset_index()).axes
+    assert [t.get_text() for t in ax.get_yticklabels()] == [*dict.fromkeys(found.index)]
 
 
 def test_convergence_is_a_summary_of_each_epoch():
