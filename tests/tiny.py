@@ -68,6 +68,7 @@ def options(**changes: Any) -> list[str]:
         "optim.milestones": 0.5,
         "batch.proxies": 4,
         "batch.images": 2,
+        "clustering.standardise": False,
         "clustering.k1": 8,
         "clustering.k2": 2,
         "clustering.min-samples": 3,
