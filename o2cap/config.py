@@ -139,12 +139,6 @@ class ClusteringConfig(_Checked):
     drop_single_camera: bool = False
     """Make clusters that one camera alone saw outliers."""
 
-    @property
-    def without_cameras(self) -> Self:
-        """The same for pictures whose cameras are not known."""
-        plain: Any = {"distance": "jaccard", "standardise": False}
-        return replace(self, **plain, drop_single_camera=False)
-
 
 @dataclass(frozen=True, config=STRICT)
 class LossConfig(_Checked):
@@ -256,14 +250,11 @@ class Config(_Checked):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
-        batch, clustering = self.batch, self.clustering
-        if batch.proxies * batch.images < 2:
-            raise InputError(
-                "--batch.proxies times --batch.images is 1; batch normalisation "
-                "needs at least 2 pictures in a batch."
-            )
+        if self.batch.proxies * self.batch.images < 2:
+            said = "--batch.proxies times --batch.images is 1; batch norms need"
+            raise InputError(f"{said} at least 2 pictures.")
         for kind in ("", "_intra", "_inter"):
-            k1, k2 = (getattr(clustering, name + kind) for name in ("k1", "k2"))
+            k1, k2 = (getattr(self.clustering, name + kind) for name in ("k1", "k2"))
             if k2 > k1:
                 raise InputError(
                     f"--clustering.k2{kind.replace('_', '-')} is {k2}; "
@@ -278,8 +269,8 @@ class Config(_Checked):
     def hash(self) -> str:
         """Return 8 hex digits over every setting that can change a result."""
         plain = {k: v for k, v in self.to_dict().items() if k not in NO_INFLUENCE}
-        text = json.dumps(plain, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:8]
+        text = json.dumps(plain, sort_keys=True).encode()
+        return hashlib.sha256(text).hexdigest()[:8]
 
     def directory(self) -> Path:
         """Return the run directory: `output`, or one named after the settings."""
@@ -296,7 +287,6 @@ NO_INFLUENCE = (
 
 # Chosen on seeds 0-2 (reproduce/records/tuning.json).
 _EMBEDDED = Config(
-    preset="synthetic",
     backbone="tiny_resnet",
     weights="embedded",
     pooling="gem",

@@ -413,11 +413,11 @@ def cluster(
     if eps is not None:
         config = replace(config, clustering=replace(config.clustering, eps=eps))
     found = embed(run, pictures, device=device, skip_unreadable=skip_unreadable)
-    known = all(found.images.camera(i) for i in range(len(found.images)))
-    if not known and config.clustering != (plain := config.clustering.without_cameras):
+    images, camids = found.images, found.images.camids
+    if not all(images.camera(i) for i in range(len(images))):
         logger.warning("some cameras are not known: clustered as if all were one")
-        config = replace(config, clustering=plain)
-    given = (found.features, found.images.camids, config)
+        camids = torch.zeros_like(camids)
+    given = (found.features, camids, config)
     clusters = find_clusters(*given)
     advise(*given, clusters)
     return Clustering(found.images, clusters)

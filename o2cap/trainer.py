@@ -279,11 +279,11 @@ def find_distance(
     features: Tensor, camids: Tensor, config: Config, max_distance: float
 ) -> csr_array:
     """Return the distance that the settings name, as :func:`jaccard_distance` does."""
-    settings = config.clustering
-    if settings.standardise:
+    # With one camera there is nothing to know: the plain distance serves.
+    settings, several = config.clustering, len(camids.unique()) > 1
+    if settings.standardise and several:
         features = standardise_by_camera(features, camids)
-    # With one camera no list reaches across cameras: the plain distance serves.
-    if settings.distance == "camera_aware" and len(camids.unique()) > 1:
+    if settings.distance == "camera_aware" and several:
         names = ("k1_intra", "k1_inter", "k2_intra", "k2_inter")
         lengths: dict[str, Any] = {name: getattr(settings, name) for name in names}
         lengths["max_distance"] = max_distance

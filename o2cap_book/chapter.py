@@ -68,8 +68,8 @@ def begin(
     Parameters
     ----------
     profile : str
-        ``smoke``, ``cpu`` or ``gpu``. With ``cpu``, a real data set is trained in small
-        pictures and few epochs, to see that it works.
+        ``smoke``, ``cpu`` or ``gpu``. With ``cpu``, rendered pictures are trained on
+        for 10 epochs, and a real data set in small pictures, to see that it works.
     dataset, root : str
         As in :class:`o2cap.config.Config`; an empty root for rendered pictures.
     seed : int
@@ -89,7 +89,7 @@ def begin(
     elif dataset in PRESETS:
         config = preset(dataset)
         if profile == "cpu" and not root:
-            config = replace(config, epochs=10)  # half of what the records take
+            config = replace(config, epochs=10)  # people: half of what the records take
     else:
         config = preset("own", dataset=dataset)
     if profile == "cpu" and root:  # a part of what a GPU would do
