@@ -154,9 +154,9 @@ class Learner:
         with small batches a GPU waits for launches, not for arithmetic. Losses, memory
         and optimizer stay outside: their shapes change with the number of proxies, so
         each epoch would have to be captured anew, and the GPU is busy for nearly the
-        whole step as it is ("GPU busy" in `benchmarks.gpu`, which also measures
-        `torch.compile`: no setting here, since it compiles for longer than it saves in
-        most runs, and wants a C compiler).
+        whole step as it is ("GPU busy" in `benchmarks.gpu`). `torch.compile` is no
+        setting here: it wants a C compiler, and what it saves is still to be measured
+        (the same benchmark does).
         """
         kept = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         with autocast(self.hardware.device, self.hardware.precision, cache=False):
