@@ -175,6 +175,7 @@ class Bench:
             found[name] = 10, partial(self.agreement, tf32)
         found["matrix products, fp16"] = 3, partial(self.peak, "fp16")
         training(small, "compiled", "bf16", 45)
+        clustering(most.pop(0) if most else few)
         for batch in self.sizes.batches:
             for precision in ("bf16", "fp16"):
                 training(batch, "graphed", precision)
