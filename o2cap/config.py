@@ -317,7 +317,7 @@ PRESETS: dict[str, Config] = {
         _EMBEDDED,
         preset="synthetic-vehicles",
         dataset="synthetic-vehicles",
-        epochs=10,
+        epochs=40,
         width=64,
         synthetic=SyntheticConfig(kind="vehicle"),
     ),
