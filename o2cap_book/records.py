@@ -120,8 +120,9 @@ def _load(path: Path) -> dict[str, Any]:
 def every_difference(folder: Path) -> DataFrame:
     """Return `both` − `online` of all pairs of runs that the records of a folder hold.
 
-    The runs of a pair differ in nothing but the method. Those of the tuning are among
-    them, and those with true identities as clusters, some broken on purpose.
+    The runs of a pair differ in nothing but the losses: `both+ca` meets `online+ca`.
+    Those of the tuning are among them, and those with true identities as clusters, some
+    broken on purpose.
 
     Returns
     -------
@@ -150,20 +151,24 @@ def every_difference(folder: Path) -> DataFrame:
         elif path.stem in ("ablation", "studies", "vehicles", "ward", "ward_beyond"):
             for run in record["rows"]:
                 study = f", {run['study']} {run['value']}" if run.get("study") else ""
-                rows.append(run | {"source": f"{path.stem}{study}"})
+                source = SOURCES.get(path.stem, path.stem)
+                rows.append(run | {"source": f"{source}{study}"})
         if rows:
             found.append(pd.json_normalize(rows))
     runs = pd.concat(found)
     runs["dataset"] = runs["dataset"].fillna("synthetic")
     runs = runs.reindex(columns=runs.columns.union(["same", "data_seed"]))
+    loss, plus, more = runs.method.str.partition("+").T.to_numpy()
+    runs["source"] += np.where(plus == "+", ", +" + more, "")
     on = ["source", "dataset", "seed", "data_seed", "same"]
-    both, online = (runs[runs.method == m] for m in ("both", "online"))
+    both, online = (runs[loss == m] for m in ("both", "online"))
     pairs = both.merge(online, on=on, suffixes=("", " online"))
     gain = 100 * (pairs["metrics.mAP"] - pairs["metrics.mAP online"])
     cameras = pairs["clusters.cameras_per_cluster online"]
     return pairs[on[:3]].assign(difference=gain, cameras=cameras)
 
 
+SOURCES = {"ward": "WARD, two cuts", "ward_beyond": "WARD, one late cut"}
 SHORT = {"momentum": "μ", "k1": "k1", "eps": "ε", "epochs": "epochs"}
 
 
