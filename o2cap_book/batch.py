@@ -80,6 +80,7 @@ class Block(BaseModel, extra="forbid", strict=True):
     threads: int = 1
     mem_mb: int = 4000
     minutes: int = 60
+    core_seconds: int = 0  # of a job on a CPU, as measured
 
 
 class Target(BaseModel, extra="forbid", strict=True):
@@ -525,6 +526,10 @@ def reproduce(
     if dry_run:
         if code:
             raise TrainingError("The batch engine cannot plan the jobs; see above.")
+        jobs, cores = batch.chosen, batch.cores or os.cpu_count() or 1
+        minutes = sum(job.block.core_seconds for job in jobs) / cores / 60
+        if minutes and not gpus:
+            logger.info("%d jobs: %.0f minutes on %d cores", len(jobs), minutes, cores)
         return None
     if not any((output / "jobs" / job.name).exists() for job in batch.jobs):
         raise TrainingError("The batch engine failed before any job began; see above.")

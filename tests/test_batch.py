@@ -286,7 +286,9 @@ def grid(tmp_path: Path) -> Path:
     """The committed grid, with one more job in `check`, which cannot work."""
     plain = yaml.safe_load(GRID.read_text())
     plain["methods"]["broken"] = {"method": "offline", "optim.lr": 1e30}
-    plain["targets"]["check"]["blocks"][0]["methods"].append("broken")
+    block = plain["targets"]["check"]["blocks"][0]
+    block["methods"].append("broken")
+    block["core_seconds"] = 360
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(plain))
     return tmp_path / "grid.yaml"
 
@@ -368,6 +370,7 @@ def test_a_dry_run_says_what_would_run_and_runs_nothing(grid: Path, root: Path) 
         if f"output: jobs/synthetic-{method}-" in done.stderr
     ]
     assert planned == ["baseline"]
+    assert "1 jobs: 6 minutes on 1 cores" in done.stderr
     assert done.stdout == ""
     assert not (grid.parent / "out" / "jobs").exists()
 
