@@ -138,7 +138,8 @@ def every_difference(folder: Path) -> DataFrame:
                 given = {k.rpartition(".")[2]: v for k, v in run["changes"].items()}
                 named = [f"{w} {given[k]:g}" for k, w in SHORT.items() if k in given]
                 same = f"{run['start']} {sorted(given.items())}"
-                source = ", ".join(["tuning", *named])
+                kind = ["vehicles"] * (run["dataset"] == "synthetic-vehicles")
+                source = ", ".join(["tuning", *kind, *named])
                 rows.append(run | {"same": same, "source": source})
         elif path.stem == "association":
             for run in record["rows"]:
@@ -581,12 +582,12 @@ def cost_figure(rows: DataFrame) -> Figure:
 
 @mpl.rc_context(STYLE)
 def forest_figure(differences: DataFrame) -> Figure:
-    """Draw differences, a line for each ``source`` and data set, a dot for each seed.
+    """Draw differences, a line for each ``source``, a dot for each seed.
 
     From three seeds on, a bar is Student's interval; blue is settled above zero, red
     below. The black stroke is the mean.
     """
-    lines = [*differences.groupby(["source", "dataset"], sort=False)["difference"]]
+    lines = [*differences.groupby("source", sort=False)["difference"]]
     fig, (ax,) = panels(1, columns=1, size=(6.8, 0.33 * len(lines) + 0.9))
     for y, (_, values) in enumerate(lines):
         d = summarise(values)
@@ -598,9 +599,8 @@ def forest_figure(differences: DataFrame) -> Figure:
         ax.plot(values, [y] * len(values), "o", color=colour)
         ax.plot(d.mean, y, "|", color="black", ms=12, mew=2)
     ax.axvline(0, color=GREY, ls="--", lw=1)
-    names = [s if d == "synthetic" else f"{s} ({d})" for (s, d), _ in lines]
-    ax.set_yticks(range(len(names)), names)
-    ax.set(ylim=(len(names) - 0.5, -0.5), xlabel="both − online (points of mAP)")
+    ax.set_yticks(range(len(lines)), [source for source, _ in lines])
+    ax.set(ylim=(len(lines) - 0.5, -0.5), xlabel="both − online (points of mAP)")
     return fig
 
 
