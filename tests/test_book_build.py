@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -110,19 +111,22 @@ def test_chapter_runs_in_the_smoke_profile(
     path: Path, run: Callable[[Path], Path]
 ) -> None:
     executed = nbformat.read(run(path), as_version=4)
-    printed = 0
+    printed, pictures = 0, Counter[str]()
     for cell in executed.cells:
         for output in cell.get("outputs", []):
             assert output.output_type != "error", output.get("evalue")
             if output.output_type == "stream":
                 printed += len(output.text)
             if any(kind.startswith("image/") for kind in output.get("data", {})):
+                pictures[cell.id] += 1
                 alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
                 assert alt.strip(), f"the figure of cell {cell.id} has no alt text"
             if glued := output.get("metadata", {}).get("scrapbook"):
                 kinds = " ".join(output.data)
                 if "image/" in kinds:
                     assert alt_of_glued(glued["name"]), f"{glued['name']}: no alt"
+    twice = [cell for cell, count in pictures.items() if count > 1]
+    assert not twice, "two figures would share a caption"
     assert printed < 20_000, "the saved outputs are flooded, by a progress bar?"
 
 

@@ -159,6 +159,16 @@ def test_a_chapter_has_exercises_with_checks_and_solutions(path: Path) -> None:
     assert "**Read next.**" in text
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_figure_has_a_caption_and_is_named_after_its_cell(path: Path) -> None:
+    for cell in cells(path):
+        shown = cell.metadata.get("mystnb", {})
+        if "alt" in shown.get("image", {}):
+            assert shown.get("figure", {}).get("caption"), f"{cell.id}: no caption"
+            name = f"fig-{path.stem}-{cell.id.removesuffix('-figure')}"
+            assert shown["figure"].get("name") == name, cell.id
+
+
 def test_glued_names_are_the_books_own() -> None:
     made = Counter(
         name
