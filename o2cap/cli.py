@@ -127,9 +127,6 @@ def evaluate(
             raise InputError(f"{said}; give --dataset and --root.")
         check_parts(found, train=False)
         evaluator = Evaluator(config, found, hardware)
-        if not evaluator.decoded:
-            said = f"The data set {found.name} has no query and no gallery"
-            raise InputError(f"{said}; give --dataset and --root.")
         features = evaluator.features(model.to(hardware.device))
         (_, query), (_, gallery) = evaluator.decoded
         rule: dict[str, Any] = {"rerank": rerank, "standardise": standardise}

@@ -170,23 +170,25 @@ class RunDirectory:
                 )
 
     @first_only
-    def begin(self, dataset: ReIDDataset, kept: ReIDDataset, facts: Metrics) -> None:
+    def begin(self, hardware: Hardware, facts: Metrics, lost: set[Path]) -> None:
         """Write what is known before the first step.
 
         Parameters
         ----------
-        dataset, kept : ReIDDataset
-            All pictures, and those of them that can be read.
+        hardware : Hardware
+            See :func:`describe_environment`.
         facts : dict
-            See :func:`describe_environment` and :func:`input_facts`.
+            See :func:`input_facts`.
+        lost : set of Path
+            Pictures that cannot be read.
         """
         if (self.path / "environment.json").is_file():
             return
         text = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
         self._write("config.yaml", text)
-        parts = zip(dataset.splits().values(), kept.splits().values(), strict=True)
-        if lost := {p for every, some in parts for p in {*every.paths} - {*some.paths}}:
+        if lost:
             self._write("unreadable.txt", "".join(f"{path}\n" for path in sorted(lost)))
+        facts = describe_environment(self.config, hardware) | facts
         self._write("environment.json", json.dumps(facts, indent=2))
 
     def restore(self) -> dict[str, Any] | None:
@@ -273,22 +275,18 @@ class RunDirectory:
 
     @first_only
     def keep_weights(self, model: ReIDModel, name: str) -> None:
-        """Write the weights alone, in safetensors."""
+        """Write the weights alone, in safetensors, once the checkpoint is written."""
+        self._written()
         tensors = {k: v.contiguous().cpu() for k, v in model.state_dict().items()}
         self._write(name, safetensors.torch.save(tensors))
 
-    def finish(self, model: ReIDModel) -> RunResult:
-        """Write the trained weights and the final metrics, and return the run."""
-        distributed.on_first(self._written)
-        self.keep_weights(model, "model.safetensors")
-        self._summarise()
-        return distributed.on_first(read_run, self.path)
-
     @first_only
-    def _summarise(self) -> None:
+    def finish(self) -> RunResult:
+        """Write the final metrics, after all else, and return the run."""
         about = {"before": self.before, "epochs": len(self.history)}
         summary = self.history[-1] | about | {"config_hash": self.config.hash()}
         self._write("summary.json", json.dumps(summary, indent=2))
+        return read_run(self.path)
 
     def _write_lines(self, name: str, records: list[Metrics]) -> None:
         self._write(name, "".join(json.dumps(record) + "\n" for record in records))

@@ -182,7 +182,7 @@ def test_a_folder_per_camera_is_trained_on_without_identities(
     (record,) = lines(tmp_path / "run")
     assert record["clusters"] > 1 and "mAP" not in record and "ari" not in record
     code, out, err = o2cap_("evaluate", tmp_path / "run")
-    assert (code, out) == (2, "") and "no query and no gallery" in one_sentence(err)
+    assert (code, out) == (2, "") and "has 0 query and 0 gallery" in one_sentence(err)
 
 
 def test_the_embedded_data_end_to_end(tmp_path: Path, o2cap_: Command) -> None:
@@ -247,7 +247,7 @@ def no_query(rows: list[dict[str, Any]], place: Path) -> None:
         (duplicate, "line 80"),
         (no_number, "line 6: the camid 'north gate'"),
         (leaving, "../outside.png leads out"),
-        (no_query, "has a gallery but no query"),
+        (no_query, "has 0 query and 12 gallery"),
     ],
 )
 def test_a_bad_manifest_is_refused(

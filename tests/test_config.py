@@ -239,7 +239,9 @@ def test_a_bad_value_is_one_sentence_wherever_it_comes_from(
         plain = {key: plain}
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(plain))
-    with pytest.raises(InputError, match=f"config.yaml cannot be read as settings: {said}$"):
+    with pytest.raises(
+        InputError, match=f"config.yaml cannot be read as settings: {said}$"
+    ):
         load(path)
 
 
