@@ -127,7 +127,7 @@ def evaluate(
             raise InputError(f"{said}; give --dataset and --root.")
         check_parts(found, train=False)
         evaluator = Evaluator(config, found, hardware)
-        features = evaluator.features(model.to(hardware.device))
+        features = evaluator.features(model)
         (_, query), (_, gallery) = evaluator.decoded
         rule: dict[str, Any] = {"rerank": rerank, "standardise": standardise}
         rule["same_camera"] = same_camera
@@ -154,8 +154,7 @@ def embed(
 
     _check(output, ".npz")
     chosen: dict[str, Any] = {"standardise": standardise, **asdict(how)}
-    found = inference.embed(run, pictures, **chosen)
-    found.save(output)
+    inference.embed(run, pictures, **chosen).save(output)
     print(output)
 
 
@@ -330,10 +329,8 @@ def verify(
     if list is not None:
         rows = ((p.rpartition(" cannot be read as a")[0], p) for p in found.problems)
         write_csv(list, ["path", "problem"], rows)
-    if found.problems:
-        where = "the first of them above" if list is None else f"all of them in {list}"
-        number = f"{len(found.problems)} differences or problems"
-        raise InputError(f"{name} in {root}: {number}, {where}.")
+    if number := len(found.problems):
+        raise InputError(f"{name} in {root}: {number} differences or problems.")
 
 
 def manifest(folder: Run, pattern: str, output: Out) -> None:
@@ -433,11 +430,10 @@ def reproduce(
 
     usual = "check" if check else "paper" if dataset else "ablation"
     what = batch.Batch(target or usual, dataset, root, grid or batch.GRID, only, cores)
+    how: dict[str, Any] = {"dry_run": bool(dry_run), "profile": profile}
     if check and (dry_run or output or profile):
         raise InputError("Leave --dry-run, --output and --profile out with --check.")
     if check:
         print(batch.check(what))
-        return
-    how: dict[str, Any] = {"dry_run": bool(dry_run), "profile": profile}
-    if record := batch.reproduce(what, output or batch.OUTPUT, **how):
+    elif record := batch.reproduce(what, output or batch.OUTPUT, **how):
         print(record)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -66,8 +67,7 @@ class Learner:
         """Take a new optimizer, its weight decay coupled (an L2 penalty)."""
         device, settings = self.hardware.device.type, self.config.optim
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        how: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
-        how["fused"] = device == "cuda"
+        how: Any = {"weight_decay": settings.weight_decay, "fused": device == "cuda"}
         self.optimizer: torch.optim.Optimizer
         if settings.method == "adam":
             self.optimizer = torch.optim.Adam(trained, **how)
@@ -113,10 +113,7 @@ class Learner:
         how, (n, size) = self.config.augment, batches.shape
         shape = (n, size, *self.pixels.shape[1:3])
         own = (slice(None), distributed.share(size))
-        changes = draw_changes(
-            shape, generator, flip=how.flip, pad=how.pad, erase=how.erase
-        )
-        changes = changes.select(own).to(device)
+        changes = draw_changes(shape, generator, **asdict(how)).select(own).to(device)
         index = batches[own].to(self.pixels.device)
         hidden = distributed.rank() > 0 or None  # None: on a terminal only
         what = f"{self.stage} {self.epoch}"
@@ -211,11 +208,8 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """Return all that a resumed run needs."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
+        names = ("model", "optimizer", "scaler")
+        return {name: getattr(self, name).state_dict() for name in names}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state` returned, perhaps on another device."""

@@ -627,7 +627,7 @@ def test_verify_counts_and_lists_all_problems(
     words = (*words, spoilt, "--pictures", "True")
     table = tmp_path / "new/problems.csv"
     code, out, err = o2cap_(*words, "--list", table)
-    assert code == 2 and f"13 differences or problems, all of them in {table}" in err
+    assert code == 2 and "13 differences or problems." in err
     with table.open(encoding="utf-8", newline="") as file:
         found = list(csv.DictReader(file))
     named = {row["path"] for row in rows[:12]}
