@@ -25,8 +25,7 @@ from o2cap.files import check_writable, read_json, write_csv
 
 def speaks() -> bool:
     """Say whether this process, of those that torchrun starts, speaks for all."""
-    several = "WORLD_SIZE" in os.environ
-    return not several or os.environ.get("RANK", "0") == "0"
+    return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def run(args: Sequence[str]) -> None:
@@ -123,8 +122,7 @@ def evaluate(
         found = load_configured(config)
         (known,) = read_json(run / "environment.json", "fingerprint")
         if dataset is None and root is None and found.fingerprint() != known:
-            said = f"{run} was trained on other pictures than its settings name now"
-            raise InputError(f"{said}; give --dataset and --root.")
+            raise InputError(f"{run} was trained on other pictures: give their --root.")
         check_parts(found, train=False)
         evaluator = Evaluator(config, found, hardware)
         features = evaluator.features(model)
@@ -351,9 +349,8 @@ def manifest(folder: Run, pattern: str, output: Out) -> None:
         if row["path"].resolve().is_relative_to(base.resolve()):
             row["path"] = os.path.relpath(row["path"], base).replace(os.sep, "/")
     if others:
-        said = "%d of %d pictures do not fit the pattern and are left out, such as %s"
-        number = len(others) + len(rows)
-        logging.getLogger("o2cap").warning(said, len(others), number, others[0])
+        said = "%d pictures do not fit the pattern and are left out, such as %s"
+        logging.getLogger("o2cap").warning(said, len(others), others[0])
     write_csv(output, [*rows[0]], rows)
     print(output)
 

@@ -397,7 +397,7 @@ def load(path: Path) -> Config:
     try:
         plain = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(plain, dict):
-            raise InputError("it holds none; is it the config.yaml of a run?")
+            raise InputError("it holds none")
         # as JSON, which has text for paths and objects for groups, and no more
         return TypeAdapter(Config).validate_json(json.dumps(plain, default=str))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, InputError) as error:

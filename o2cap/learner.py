@@ -73,8 +73,7 @@ class Learner:
             self.optimizer = torch.optim.Adam(trained, **how)
         else:
             self.optimizer = torch.optim.SGD(trained, momentum=0.9, **how)
-        fp16 = self.hardware.precision == "fp16"
-        self.scaler = GradScaler(device, enabled=fp16)
+        self.scaler = GradScaler(device, enabled=self.hardware.precision == "fp16")
 
     def begin(self, stage: str, epoch: int, lr: float) -> Generator:
         """Begin an epoch, and return what decides its batches and changes.
@@ -182,29 +181,24 @@ class Learner:
         Raises
         ------
         TrainingError
-            Names the epoch, the learning rate and pictures of the batch.
+            Names the epoch, the iteration and pictures of the batch.
         """
         distributed.copy_buffers(self.network)
-        names = list(self.losses[0])
         found = torch.stack([torch.stack([*x.values()]) for x in self.losses]).cpu()
         broken = ~found.isfinite().all(dim=1)
         numbers = [x for x in self.model.state_dict().values() if x.is_floating_point()]
         if broken.any() or not torch.stack([x.isfinite().all() for x in numbers]).all():
             at = int(broken.nonzero()[0]) if broken.any() else len(found) - 1
             some = ", ".join(str(self.images.paths[i]) for i in self.batches[at, :4])
-            lr = self.optimizer.param_groups[0]["lr"]
             group = "optim" if self.stage == "train" else "warm-start"
             raise TrainingError(
                 f"Losses or weights are not finite after epoch {self.epoch} of the "
-                f"{self.stage}, from iteration {at} on (learning rate {lr:g}; pictures "
-                f"{some}, ...); nothing of this epoch is kept. Lower --{group}.lr, or "
-                "try --precision off."
+                f"{self.stage}, from iteration {at} on (pictures {some}, ...); nothing "
+                f"of it is kept. Lower --{group}.lr, or try --precision off."
             )
-        mean = dict(zip(names, found.mean(dim=0).tolist(), strict=True))
-        return {
-            "loss": sum(mean.values()),
-            **{f"loss_{name}": value for name, value in mean.items()},
-        }
+        mean = dict(zip(self.losses[0], found.mean(dim=0).tolist(), strict=True))
+        named = {f"loss_{name}": value for name, value in mean.items()}
+        return {"loss": sum(mean.values())} | named
 
     def state(self) -> dict[str, Any]:
         """Return all that a resumed run needs."""

@@ -91,10 +91,8 @@ class RunDirectory:
         """
         run = cls(config)
         run._check(resume)
-        if run.finished():  # and so nothing is written, perhaps nothing can be
-            yield run
-            return
-        run._acquire()
+        if not run.finished():  # else nothing is written, perhaps nothing can be
+            run._acquire()
         try:
             run._check(resume)  # another program may have written there
             yield run
@@ -368,11 +366,7 @@ def read_run(directory: Path, *, finished: bool = True) -> RunResult:
     config = _finished(directory, summary.name if finished else "metrics.jsonl")
     before = read_json(summary, "before")[0] if summary.is_file() else {}
     environment = read_json(directory / "environment.json")
-    path = directory / "metrics.jsonl"
-    try:
-        history = [dict(json.loads(s)) for s in path.read_text("utf-8").splitlines()]
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}).") from error
+    history = read_json(directory / "metrics.jsonl")
     return RunResult(directory, config, environment, before, history)
 
 
@@ -400,25 +394,18 @@ def load_model(
 
 
 def _finished(directory: Path, needed: str) -> Config:
-    if not (directory / "config.yaml").is_file():
-        raise InputError(f"{directory} is no run directory (it has no config.yaml).")
     config = load(directory / "config.yaml")
     if not (directory / needed).is_file():
-        raise InputError(
-            f"The run in {directory} is not finished (it has no {needed}); "
-            "the same o2cap train command resumes it."
-        )
+        raise InputError(f"The run in {directory} is not finished: it has no {needed}.")
     return config
 
 
 def _decisive(config: Config) -> dict[str, Any]:
     """Return the settings that can change a result, groups with a dot."""
-    return {
-        f"{name}.{inner}".rstrip("."): value
-        for name, group in config.to_dict().items()
-        if name not in NO_INFLUENCE
-        for inner, value in (group if isinstance(group, dict) else {"": group}).items()
-    }
+    import pandas as pd  # only where there is a run to compare with
+
+    plain = {k: v for k, v in config.to_dict().items() if k not in NO_INFLUENCE}
+    return pd.json_normalize(plain).to_dict("records")[0]
 
 
 def input_facts(dataset: ReIDDataset, labels: Tensor | None) -> Metrics:

@@ -14,14 +14,8 @@ import torch
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from o2cap import distributed, losses
+from o2cap import clustering, distributed, losses
 from o2cap.backbone import build_model
-from o2cap.clustering import (
-    camera_aware_jaccard,
-    dbscan,
-    eps_of_most_clusters,
-    jaccard_distance,
-)
 from o2cap.config import Config
 from o2cap.data import load_configured
 from o2cap.data.images import ReIDDataset
@@ -107,8 +101,6 @@ def train(
         with hardware.in_force(config):
             with stage("before the first epoch", {}):
                 learner, evaluator, pids = prepare(run, hardware, dataset, facts)
-                if labels is not None and len(labels) != len(learner.images):
-                    raise InputError("Some pictures with pseudo_labels cannot be read.")
                 warm_start(learner, run)
                 if run.before is None:
                     run.before = evaluator.record(learner.model)
@@ -258,7 +250,7 @@ def find_clusters(features: Tensor, camids: Tensor, config: Config) -> Tensor:
     """
     eps = config.clustering.eps  # DBSCAN asks for no distance above it
     distance = find_distance(features, camids, config, eps)
-    clusters = dbscan(distance, eps, config.clustering.min_samples)
+    clusters = clustering.dbscan(distance, eps, config.clustering.min_samples)
     if config.clustering.drop_single_camera and len(camids.unique()) > 1:
         clusters = drop_single_camera(clusters, camids)
     return clusters
@@ -270,15 +262,14 @@ def find_distance(
     """Return the distance that the settings name, as :func:`jaccard_distance` does."""
     # With one camera there is nothing to know: the plain distance serves.
     settings, several = config.clustering, len(camids.unique()) > 1
+    how: dict[str, Any] = {"max_distance": max_distance}
     if settings.standardise and several:
         features = standardise_by_camera(features, camids)
     if settings.distance == "camera_aware" and several:
         names = ("k1_intra", "k1_inter", "k2_intra", "k2_inter")
-        lengths: dict[str, Any] = {name: getattr(settings, name) for name in names}
-        lengths["max_distance"] = max_distance
-        return camera_aware_jaccard(features, camids, **lengths)
-    k1, k2 = settings.k1, settings.k2
-    return jaccard_distance(features, k1, k2, max_distance=max_distance)
+        how |= {name: getattr(settings, name) for name in names}
+        return clustering.camera_aware_jaccard(features, camids, **how)
+    return clustering.jaccard_distance(features, settings.k1, settings.k2, **how)
 
 
 def advise(features: Tensor, camids: Tensor, config: Config, clusters: Tensor) -> str:
@@ -307,7 +298,8 @@ def advise(features: Tensor, camids: Tensor, config: Config, clusters: Tensor) -
     number, tips = len(sizes), []
     if number < 2 or 2 * outliers > n:
         distance = find_distance(features, camids, config, 0.8)
-        eps, most, left = eps_of_most_clusters(distance, settings.min_samples)
+        found = clustering.eps_of_most_clusters(distance, settings.min_samples)
+        eps, most, left = found
         if most > max(number, 1):
             tips = [f"eps {eps:g} instead of {settings.eps:g} makes {most} and {left}"]
         elif number < 2:

@@ -406,8 +406,8 @@ def test_evaluate_refuses_what_is_not_the_runs(
     run: Path, folder: Path, tmp_path: Path, o2cap_: Command
 ) -> None:
     for where, named in (
-        (tmp_path, "no run directory"),
-        (tmp_path / "nowhere", "no run directory"),
+        (tmp_path, "cannot be read as settings"),
+        (tmp_path / "nowhere", "cannot be read as settings"),
     ):
         code, out, err = o2cap_("evaluate", where)
         assert (code, out) == (2, "") and named in one_sentence(err)
@@ -463,7 +463,7 @@ def test_a_process_speaks_unless_it_is_another_of_several(
     o2cap_: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
-    assert "no run directory" in o2cap_("evaluate", "nowhere")[2]
+    assert "cannot be read as settings" in o2cap_("evaluate", "nowhere")[2]
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert o2cap_("evaluate", "nowhere") == (2, "", "")
 
@@ -528,7 +528,10 @@ def test_embed_then_search_and_cluster(
     [
         (("embed", "{run}", "{pictures}", "-o", "{new}/f.txt"), "must end in .npz"),
         (("embed", "{run}", "{new}/a.png", "-o", "{new}/f.npz"), "a.png"),
-        (("embed", "{new}", "{pictures}", "-o", "{new}/f.npz"), "no run directory"),
+        (
+            ("embed", "{new}", "{pictures}", "-o", "{new}/f.npz"),
+            "cannot be read as settings",
+        ),
         (
             ("search", "{run}", "{one}", "--gallery", "{pictures}", "--top", "0"),
             "--top is 0",
@@ -552,7 +555,7 @@ def test_embed_then_search_and_cluster(
             "eps is 2.0",
         ),
         (("export", "{run}", "-o", "{new}/model.pt"), "must end in .onnx"),
-        (("report", "{new}"), "no run directory"),
+        (("report", "{new}"), "cannot be read as settings"),
         (("data", "sheet", "synthetik", "-o", "{new}/s.png"), "Did you mean synthetic"),
         (
             ("data", "export", "{new}", "--synthetic.presence", "2"),

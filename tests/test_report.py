@@ -261,7 +261,7 @@ def test_no_cluster_at_all(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("config.yaml", None, "no run directory"),
+        ("config.yaml", None, "cannot be read as settings"),
         ("metrics.jsonl", None, "has no metrics.jsonl"),
         ("metrics.jsonl", "", "no finished epoch"),
         ("metrics.jsonl", '{"epoch": 0}\n{"epo', "is damaged"),
