@@ -28,7 +28,6 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Place = Annotated[Path, Field(strict=False)]  # text will do
-Shares = Annotated[tuple[Share, ...], Field(strict=False)]  # a list, too
 
 # strict: True is no number, and "3" neither
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -96,7 +95,7 @@ class OptimConfig(_Checked):
     """L2 penalty, coupled as in Adam."""
     warmup: Share = 0.2
     """Share of the epochs in which the rate rises linearly from 0.01 of its value."""
-    milestones: Shares = (0.4, 0.8)
+    milestones: Annotated[tuple[Share, ...], Field(strict=False)] = (0.4, 0.8)
     """Shares of the epochs after which the rate is divided by ten."""
 
 
@@ -401,5 +400,5 @@ def load(path: Path) -> Config:
         # as JSON, which has text for paths and objects for groups, and no more
         return TypeAdapter(Config).validate_json(json.dumps(plain, default=str))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, InputError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path} cannot be read as settings: {reason}") from error
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise InputError(f"{path} cannot be read as settings: {reason}.") from error

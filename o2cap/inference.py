@@ -414,10 +414,9 @@ def cluster(
     if not all(images.camera(i) for i in range(len(images))):
         logger.warning("some cameras are not known: clustered as if all were one")
         camids = torch.zeros_like(camids)
-    given = (found.features, camids, config)
-    clusters = find_clusters(*given)
-    advise(*given, clusters)
-    return Clustering(found.images, clusters)
+    clusters = find_clusters(found.features, camids, config)
+    advise(found.features, camids, config, clusters)
+    return Clustering(images, clusters)
 
 
 def _write(path: Path, columns: list[str], rows: list[Any], records: list[Any]) -> None:

@@ -113,10 +113,7 @@ class RunDirectory:
         if not known.is_file():
             # (What a killed run leaves before its settings is hidden.)
             if any(self.path.glob("[!.]*")):
-                raise InputError(
-                    f"--output {self.path} holds files but no run (no config.yaml); "
-                    "choose another directory."
-                )
+                raise InputError(f"--output {self.path} holds files but no run.")
             return
         if not resume:
             raise InputError(f"--output {self.path} holds a run; choose another one.")
@@ -159,8 +156,7 @@ class RunDirectory:
         path = self.path / "environment.json"
         known = read_json(path) if path.is_file() else {}
         for name, now in facts.items():
-            then = known.get(name, now)
-            if then != now:
+            if (then := known.get(name, now)) != now:
                 raise InputError(
                     f"--output {self.path} holds a run on other pictures or pseudo "
                     f"labels ({name}: {json.dumps(then)} then, {json.dumps(now)} now): "
@@ -282,8 +278,7 @@ class RunDirectory:
     def finish(self) -> RunResult:
         """Write the final metrics, after all else, and return the run."""
         about = {"before": self.before, "epochs": len(self.history)}
-        summary = self.history[-1] | about | {"config_hash": self.config.hash()}
-        self._write("summary.json", json.dumps(summary, indent=2))
+        self._write("summary.json", json.dumps(self.history[-1] | about, indent=2))
         return read_run(self.path)
 
     def _write_lines(self, name: str, records: list[Metrics]) -> None:

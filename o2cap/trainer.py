@@ -80,8 +80,7 @@ def train(
         When losses, weights or features are not finite; the last good checkpoint
         stays.
     """
-    joined = distributed.joined(config.timeout)
-    with joined, RunDirectory.claim(config, resume) as run:
+    with distributed.joined(config.timeout), RunDirectory.claim(config, resume) as run:
         if dataset is None:
             dataset = distributed.on_first(load_configured, config)
             if distributed.size() > 1 and dataset.name.startswith("synthetic"):
