@@ -122,7 +122,7 @@ def evaluate(
         found = load_configured(config)
         (known,) = read_json(run / "environment.json", "fingerprint")
         if dataset is None and root is None and found.fingerprint() != known:
-            raise InputError(f"{run} was trained on other pictures: give their --root.")
+            raise InputError(f"{run} saw other pictures: give --dataset and --root.")
         check_parts(found, train=False)
         evaluator = Evaluator(config, found, hardware)
         features = evaluator.features(model)

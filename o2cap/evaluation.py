@@ -344,7 +344,7 @@ def check_parts(dataset: ReIDDataset, *, train: bool = True) -> None:
     query, gallery = len(dataset.query), len(dataset.gallery)
     if train and not len(dataset.train):
         raise InputError(f"The data set {dataset.name} has no training pictures.")
-    if not (query and gallery) and (query or gallery or not train):
+    if (query or gallery or not train) and not (query and gallery):
         raise InputError(
             f"The data set {dataset.name} has {query} query and {gallery} gallery "
             "pictures: evaluation needs both (training alone needs neither)."
