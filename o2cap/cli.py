@@ -25,8 +25,7 @@ from o2cap.files import check_writable, read_json, write_csv
 
 def speaks() -> bool:
     """Say whether this process, of those that torchrun starts, speaks for all."""
-    several = "WORLD_SIZE" in os.environ
-    return not several or os.environ.get("RANK", "0") == "0"
+    return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def run(args: Sequence[str]) -> None:
@@ -123,14 +122,10 @@ def evaluate(
         found = load_configured(config)
         (known,) = read_json(run / "environment.json", "fingerprint")
         if dataset is None and root is None and found.fingerprint() != known:
-            said = f"{run} was trained on other pictures than its settings name now"
-            raise InputError(f"{said}; give --dataset and --root.")
+            raise InputError(f"{run} saw other pictures: give --dataset and --root.")
         check_parts(found, train=False)
         evaluator = Evaluator(config, found, hardware)
-        if not evaluator.decoded:
-            said = f"The data set {found.name} has no query and no gallery"
-            raise InputError(f"{said}; give --dataset and --root.")
-        features = evaluator.features(model.to(hardware.device))
+        features = evaluator.features(model)
         (_, query), (_, gallery) = evaluator.decoded
         rule: dict[str, Any] = {"rerank": rerank, "standardise": standardise}
         rule["same_camera"] = same_camera
@@ -157,8 +152,7 @@ def embed(
 
     _check(output, ".npz")
     chosen: dict[str, Any] = {"standardise": standardise, **asdict(how)}
-    found = inference.embed(run, pictures, **chosen)
-    found.save(output)
+    inference.embed(run, pictures, **chosen).save(output)
     print(output)
 
 
@@ -333,10 +327,8 @@ def verify(
     if list is not None:
         rows = ((p.rpartition(" cannot be read as a")[0], p) for p in found.problems)
         write_csv(list, ["path", "problem"], rows)
-    if found.problems:
-        where = "the first of them above" if list is None else f"all of them in {list}"
-        number = f"{len(found.problems)} differences or problems"
-        raise InputError(f"{name} in {root}: {number}, {where}.")
+    if number := len(found.problems):
+        raise InputError(f"{name} in {root}: {number} differences or problems.")
 
 
 def manifest(folder: Run, pattern: str, output: Out) -> None:
@@ -357,9 +349,8 @@ def manifest(folder: Run, pattern: str, output: Out) -> None:
         if row["path"].resolve().is_relative_to(base.resolve()):
             row["path"] = os.path.relpath(row["path"], base).replace(os.sep, "/")
     if others:
-        said = "%d of %d pictures do not fit the pattern and are left out, such as %s"
-        number = len(others) + len(rows)
-        logging.getLogger("o2cap").warning(said, len(others), number, others[0])
+        said = "%d pictures do not fit the pattern and are left out, such as %s"
+        logging.getLogger("o2cap").warning(said, len(others), others[0])
     write_csv(output, [*rows[0]], rows)
     print(output)
 
@@ -436,11 +427,10 @@ def reproduce(
 
     usual = "check" if check else "paper" if dataset else "ablation"
     what = batch.Batch(target or usual, dataset, root, grid or batch.GRID, only, cores)
+    how: dict[str, Any] = {"dry_run": bool(dry_run), "profile": profile}
     if check and (dry_run or output or profile):
         raise InputError("Leave --dry-run, --output and --profile out with --check.")
     if check:
         print(batch.check(what))
-        return
-    how: dict[str, Any] = {"dry_run": bool(dry_run), "profile": profile}
-    if record := batch.reproduce(what, output or batch.OUTPUT, **how):
+    elif record := batch.reproduce(what, output or batch.OUTPUT, **how):
         print(record)

@@ -23,14 +23,11 @@ from pydantic.dataclasses import dataclass
 from o2cap.errors import InputError, unknown
 
 Method = Literal["baseline", "intra", "offline", "online", "both"]
-Precision = Literal["auto", "bf16", "fp16", "off"]
-Reduction = Literal["camera_sum", "mean"]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Place = Annotated[Path, Field(strict=False)]  # text will do
-Shares = Annotated[tuple[Share, ...], Field(strict=False)]  # a list, too
 
 # strict: True is no number, and "3" neither
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -98,7 +95,7 @@ class OptimConfig(_Checked):
     """L2 penalty, coupled as in Adam."""
     warmup: Share = 0.2
     """Share of the epochs in which the rate rises linearly from 0.01 of its value."""
-    milestones: Shares = (0.4, 0.8)
+    milestones: Annotated[tuple[Share, ...], Field(strict=False)] = (0.4, 0.8)
     """Shares of the epochs after which the rate is divided by ten."""
 
 
@@ -154,7 +151,7 @@ class LossConfig(_Checked):
     """Positives that online association picks, one a camera."""
     balance: Share = 0.15
     """Weight of the picture, against its proxy, when online positives are picked."""
-    reduction: Reduction = "camera_sum"
+    reduction: Literal["camera_sum", "mean"] = "camera_sum"
     """Sum over cameras of each camera's mean (the public code's), or plain mean."""
     camera_entropy: bool = False
     """Weight a picture by e to the entropy (in bits) of its cluster's cameras."""
@@ -224,7 +221,7 @@ class Config(_Checked):
     """Threads that decode pictures; 0 is one a core. Never changes a result."""
     threads: Annotated[int, Field(ge=0)] = 0
     """Threads of the arithmetic on the CPU; 0 is chosen by the program."""
-    precision: Precision = "auto"
+    precision: Literal["auto", "bf16", "fp16", "off"] = "auto"
     """Mixed precision; auto is bf16 where the hardware has it, fp16 on a GPU without,
     else off."""
     cuda_graphs: bool = True
@@ -251,16 +248,19 @@ class Config(_Checked):
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
         if self.batch.proxies * self.batch.images < 2:
-            said = "--batch.proxies times --batch.images is 1; batch norms need"
-            raise InputError(f"{said} at least 2 pictures.")
+            raise InputError("--batch.proxies 1 needs --batch.images of at least 2.")
         for kind in ("", "_intra", "_inter"):
             k1, k2 = (getattr(self.clustering, name + kind) for name in ("k1", "k2"))
             if k2 > k1:
-                raise InputError(
-                    f"--clustering.k2{kind.replace('_', '-')} is {k2}; "
-                    f"it should be at most the k1 beside it, which is {k1}."
-                )
+                option = f"--clustering.k2{kind.replace('_', '-')}"
+                raise InputError(f"{option} is {k2}, more than its k1, which is {k1}.")
         return self
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """What :func:`o2cap.data.loading.decode` is told."""
+        names = ("height", "width", "workers", "skip_unreadable")
+        return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
         """Return all settings as plain YAML/JSON values."""
@@ -395,19 +395,10 @@ def load(path: Path) -> Config:
     """
     try:
         plain = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path} cannot be read as settings: {reason}") from error
-    if not isinstance(plain, dict):
-        raise InputError(f"{path} holds no settings; is it the config.yaml of a run?")
-    match plain:  # of version 0.1.0, under today's names
-        case {"model": {"last_stride": 2}}:
-            raise InputError(f"{path}: only o2cap 0.1.0 knows --model.last-stride 2.")
-        case {"model": {"pooling": pooling}, "clustering": {"search": _, **clustering}}:
-            del plain["model"]
-            plain |= {"pooling": pooling, "clustering": clustering}
-    try:
+        if not isinstance(plain, dict):
+            raise InputError("it holds none")
         # as JSON, which has text for paths and objects for groups, and no more
         return TypeAdapter(Config).validate_json(json.dumps(plain, default=str))
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, InputError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise InputError(f"{path} cannot be read as settings: {reason}.") from error

@@ -244,11 +244,8 @@ class Evaluator:
 
     def __init__(self, config: Config, data: ReIDDataset, hardware: Hardware) -> None:
         self.config, self.hardware = config, hardware
-        size = config.height, config.width
-        how: Any = {"workers": config.workers}
-        how |= {"skip_unreadable": config.skip_unreadable}
         parts = data.query, data.gallery
-        self.decoded = [decode(part, *size, **how) for part in parts if len(part)]
+        self.decoded = [decode(part, **config.reading) for part in parts]
 
     def features(self, model: ReIDModel) -> list[Tensor]:
         """Return the features of query and gallery."""
@@ -257,9 +254,9 @@ class Evaluator:
 
     def record(self, model: ReIDModel) -> dict[str, float]:
         """Return the metrics as a record's entries; none without query and gallery."""
-        if not self.decoded:
-            return {}
         (_, query), (_, gallery) = self.decoded
+        if not len(query):
+            return {}
         assert query.pids is not None and gallery.pids is not None
         labels = query.pids, gallery.pids, query.camids, gallery.camids
         known = *self.features(model), *labels
@@ -341,13 +338,14 @@ def check_parts(dataset: ReIDDataset, *, train: bool = True) -> None:
     Raises
     ------
     InputError
-        For no training pictures; and for a gallery without queries, or the reverse.
+        For no training pictures; for a gallery without queries, or the reverse; and
+        for neither, when it is not to be trained on.
     """
-    if train and len(dataset.train) == 0:
+    query, gallery = len(dataset.query), len(dataset.gallery)
+    if train and not len(dataset.train):
         raise InputError(f"The data set {dataset.name} has no training pictures.")
-    for has, lacks in (("gallery", "query"), ("query", "gallery")):
-        if len(getattr(dataset, has)) and not len(getattr(dataset, lacks)):
-            raise InputError(
-                f"The data set {dataset.name} has a {has} but no {lacks}; evaluation "
-                "needs both (training alone needs neither)."
-            )
+    if (query or gallery or not train) and not (query and gallery):
+        raise InputError(
+            f"The data set {dataset.name} has {query} query and {gallery} gallery "
+            "pictures: evaluation needs both (training alone needs neither)."
+        )

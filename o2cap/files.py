@@ -74,13 +74,18 @@ def check_writable(path: Path) -> None:
 def read_json(path: Path, *names: str) -> Any:
     """Return the JSON object that a file holds, or the list of its entries `names`.
 
+    Of a .jsonl file, the list of its objects, one a line.
+
     Raises
     ------
     InputError
         When the file cannot be read, or holds no such entries.
     """
     try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            return [dict(json.loads(line)) for line in text.splitlines()]
+        plain = json.loads(text)
         return [plain[name] for name in names] if names else dict(plain)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is missing or damaged ({error}).") from error

@@ -91,17 +91,16 @@ def load_embedding(path: Path) -> Embedding:
         with np.load(path.expanduser(), allow_pickle=False) as file:
             columns = dict(file)
         texts = [columns[n] for n in ("paths", "cameras", "identities", "model")]
-        if any(text.dtype.kind != "U" for text in texts) or texts[3].ndim:
-            raise ValueError("its columns have other types")
         paths, *names = (text.tolist() for text in texts[:3])
         features = torch.from_numpy(columns["features"]).float()
         camids = torch.from_numpy(columns["camids"])
         images = ImageSet([Path(path) for path in paths], camids, None, *names)
         length = features.norm(dim=-1)  # standardised ones may be 0
         right = ((length - 1).abs() < 1e-3) | (length == 0)  # False where not finite
-        whole = camids.dtype == torch.int64
-        if features.shape[:-1] != camids.shape or not whole or not right.all():
-            raise ValueError("its columns have other shapes or values")
+        plain = all(text.dtype.kind == "U" for text in texts) and not texts[3].ndim
+        whole = camids.dtype == torch.int64 and features.shape[:-1] == camids.shape
+        if not (plain and whole and right.all()):
+            raise ValueError("its columns have other types, shapes or values")
     except Exception as error:  # numpy raises many kinds on damaged files
         raise InputError(
             f"{path} holds no features of o2cap embed ({error})."
@@ -148,7 +147,8 @@ def embed(
         needed, or a device that is not here.
     """
     config, model = load_model(run)
-    facts = read_json(run / "environment.json")
+    config = replace(config, device=device, skip_unreadable=skip_unreadable)
+    cameras, grey = read_json(run / "environment.json", "cameras", "grey_range")
     made_by = hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest()[:16]
     source, name = pictures, "the features given"
     if isinstance(source, Path) and source.suffix.lower() == ".npz":
@@ -161,20 +161,17 @@ def embed(
     elif isinstance(source, ImageSet):
         images = source
     else:
-        cameras = facts.get("cameras", [])
         images = find_pictures(source, cameras, skip_unreadable=skip_unreadable)
-    if facts.get("grey_range"):
-        images = replace(images, grey_range=tuple(facts["grey_range"]))
+    if grey:
+        images = replace(images, grey_range=tuple(grey))
     if isinstance(source, Embedding):
         features = source.features
     elif not len(images):
         raise InputError("There are no pictures to embed.")
     else:
-        hardware = Hardware.choose(replace(config, device=device))
+        hardware = Hardware.choose(config)
         with hardware.in_force(config):
-            how: Any = {"workers": config.workers, "skip_unreadable": skip_unreadable}
-            pixels, images = decode(images, config.height, config.width, **how)
-            model = model.to(hardware.device)
+            pixels, images = decode(images, **config.reading)
             features = extract_all(model, pixels, config, hardware, progress=True)
     if standardise:
         features = standardise_by_camera(features, _cameras("--standardise", images))
@@ -417,10 +414,9 @@ def cluster(
     if not all(images.camera(i) for i in range(len(images))):
         logger.warning("some cameras are not known: clustered as if all were one")
         camids = torch.zeros_like(camids)
-    given = (found.features, camids, config)
-    clusters = find_clusters(*given)
-    advise(*given, clusters)
-    return Clustering(found.images, clusters)
+    clusters = find_clusters(found.features, camids, config)
+    advise(found.features, camids, config, clusters)
+    return Clustering(images, clusters)
 
 
 def _write(path: Path, columns: list[str], rows: list[Any], records: list[Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -66,15 +67,13 @@ class Learner:
         """Take a new optimizer, its weight decay coupled (an L2 penalty)."""
         device, settings = self.hardware.device.type, self.config.optim
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        how: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
-        how["fused"] = device == "cuda"
+        how: Any = {"weight_decay": settings.weight_decay, "fused": device == "cuda"}
         self.optimizer: torch.optim.Optimizer
         if settings.method == "adam":
             self.optimizer = torch.optim.Adam(trained, **how)
         else:
             self.optimizer = torch.optim.SGD(trained, momentum=0.9, **how)
-        fp16 = self.hardware.precision == "fp16"
-        self.scaler = GradScaler(device, enabled=fp16)
+        self.scaler = GradScaler(device, enabled=self.hardware.precision == "fp16")
 
     def begin(self, stage: str, epoch: int, lr: float) -> Generator:
         """Begin an epoch, and return what decides its batches and changes.
@@ -113,10 +112,7 @@ class Learner:
         how, (n, size) = self.config.augment, batches.shape
         shape = (n, size, *self.pixels.shape[1:3])
         own = (slice(None), distributed.share(size))
-        changes = draw_changes(
-            shape, generator, flip=how.flip, pad=how.pad, erase=how.erase
-        )
-        changes = changes.select(own).to(device)
+        changes = draw_changes(shape, generator, **asdict(how)).select(own).to(device)
         index = batches[own].to(self.pixels.device)
         hidden = distributed.rank() > 0 or None  # None: on a terminal only
         what = f"{self.stage} {self.epoch}"
@@ -185,37 +181,29 @@ class Learner:
         Raises
         ------
         TrainingError
-            Names the epoch, the learning rate and pictures of the batch.
+            Names the epoch, the iteration and pictures of the batch.
         """
         distributed.copy_buffers(self.network)
-        names = list(self.losses[0])
         found = torch.stack([torch.stack([*x.values()]) for x in self.losses]).cpu()
         broken = ~found.isfinite().all(dim=1)
         numbers = [x for x in self.model.state_dict().values() if x.is_floating_point()]
         if broken.any() or not torch.stack([x.isfinite().all() for x in numbers]).all():
             at = int(broken.nonzero()[0]) if broken.any() else len(found) - 1
             some = ", ".join(str(self.images.paths[i]) for i in self.batches[at, :4])
-            lr = self.optimizer.param_groups[0]["lr"]
             group = "optim" if self.stage == "train" else "warm-start"
             raise TrainingError(
                 f"Losses or weights are not finite after epoch {self.epoch} of the "
-                f"{self.stage}, from iteration {at} on (learning rate {lr:g}; pictures "
-                f"{some}, ...); nothing of this epoch is kept. Lower --{group}.lr, or "
-                "try --precision off."
+                f"{self.stage}, from iteration {at} on (pictures {some}, ...); nothing "
+                f"of it is kept. Lower --{group}.lr, or try --precision off."
             )
-        mean = dict(zip(names, found.mean(dim=0).tolist(), strict=True))
-        return {
-            "loss": sum(mean.values()),
-            **{f"loss_{name}": value for name, value in mean.items()},
-        }
+        mean = dict(zip(self.losses[0], found.mean(dim=0).tolist(), strict=True))
+        named = {f"loss_{name}": value for name, value in mean.items()}
+        return {"loss": sum(mean.values())} | named
 
     def state(self) -> dict[str, Any]:
         """Return all that a resumed run needs."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
+        names = ("model", "optimizer", "scaler")
+        return {name: getattr(self, name).state_dict() for name in names}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state` returned, perhaps on another device."""

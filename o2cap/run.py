@@ -91,10 +91,8 @@ class RunDirectory:
         """
         run = cls(config)
         run._check(resume)
-        if run.finished():  # and so nothing is written, perhaps nothing can be
-            yield run
-            return
-        run._acquire()
+        if not run.finished():  # else nothing is written, perhaps nothing can be
+            run._acquire()
         try:
             run._check(resume)  # another program may have written there
             yield run
@@ -115,10 +113,7 @@ class RunDirectory:
         if not known.is_file():
             # (What a killed run leaves before its settings is hidden.)
             if any(self.path.glob("[!.]*")):
-                raise InputError(
-                    f"--output {self.path} holds files but no run (no config.yaml); "
-                    "choose another directory."
-                )
+                raise InputError(f"--output {self.path} holds files but no run.")
             return
         if not resume:
             raise InputError(f"--output {self.path} holds a run; choose another one.")
@@ -161,8 +156,7 @@ class RunDirectory:
         path = self.path / "environment.json"
         known = read_json(path) if path.is_file() else {}
         for name, now in facts.items():
-            then = known.get(name, now)
-            if then != now:
+            if (then := known.get(name, now)) != now:
                 raise InputError(
                     f"--output {self.path} holds a run on other pictures or pseudo "
                     f"labels ({name}: {json.dumps(then)} then, {json.dumps(now)} now): "
@@ -170,23 +164,25 @@ class RunDirectory:
                 )
 
     @first_only
-    def begin(self, dataset: ReIDDataset, kept: ReIDDataset, facts: Metrics) -> None:
+    def begin(self, hardware: Hardware, facts: Metrics, lost: set[Path]) -> None:
         """Write what is known before the first step.
 
         Parameters
         ----------
-        dataset, kept : ReIDDataset
-            All pictures, and those of them that can be read.
+        hardware : Hardware
+            See :func:`describe_environment`.
         facts : dict
-            See :func:`describe_environment` and :func:`input_facts`.
+            See :func:`input_facts`.
+        lost : set of Path
+            Pictures that cannot be read.
         """
         if (self.path / "environment.json").is_file():
             return
         text = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
         self._write("config.yaml", text)
-        parts = zip(dataset.splits().values(), kept.splits().values(), strict=True)
-        if lost := {p for every, some in parts for p in {*every.paths} - {*some.paths}}:
+        if lost:
             self._write("unreadable.txt", "".join(f"{path}\n" for path in sorted(lost)))
+        facts = describe_environment(self.config, hardware) | facts
         self._write("environment.json", json.dumps(facts, indent=2))
 
     def restore(self) -> dict[str, Any] | None:
@@ -273,22 +269,17 @@ class RunDirectory:
 
     @first_only
     def keep_weights(self, model: ReIDModel, name: str) -> None:
-        """Write the weights alone, in safetensors."""
+        """Write the weights alone, in safetensors, once the checkpoint is written."""
+        self._written()
         tensors = {k: v.contiguous().cpu() for k, v in model.state_dict().items()}
         self._write(name, safetensors.torch.save(tensors))
 
-    def finish(self, model: ReIDModel) -> RunResult:
-        """Write the trained weights and the final metrics, and return the run."""
-        distributed.on_first(self._written)
-        self.keep_weights(model, "model.safetensors")
-        self._summarise()
-        return distributed.on_first(read_run, self.path)
-
     @first_only
-    def _summarise(self) -> None:
+    def finish(self) -> RunResult:
+        """Write the final metrics, after all else, and return the run."""
         about = {"before": self.before, "epochs": len(self.history)}
-        summary = self.history[-1] | about | {"config_hash": self.config.hash()}
-        self._write("summary.json", json.dumps(summary, indent=2))
+        self._write("summary.json", json.dumps(self.history[-1] | about, indent=2))
+        return read_run(self.path)
 
     def _write_lines(self, name: str, records: list[Metrics]) -> None:
         self._write(name, "".join(json.dumps(record) + "\n" for record in records))
@@ -370,11 +361,7 @@ def read_run(directory: Path, *, finished: bool = True) -> RunResult:
     config = _finished(directory, summary.name if finished else "metrics.jsonl")
     before = read_json(summary, "before")[0] if summary.is_file() else {}
     environment = read_json(directory / "environment.json")
-    path = directory / "metrics.jsonl"
-    try:
-        history = [dict(json.loads(s)) for s in path.read_text("utf-8").splitlines()]
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}).") from error
+    history = read_json(directory / "metrics.jsonl")
     return RunResult(directory, config, environment, before, history)
 
 
@@ -402,25 +389,18 @@ def load_model(
 
 
 def _finished(directory: Path, needed: str) -> Config:
-    if not (directory / "config.yaml").is_file():
-        raise InputError(f"{directory} is no run directory (it has no config.yaml).")
     config = load(directory / "config.yaml")
     if not (directory / needed).is_file():
-        raise InputError(
-            f"The run in {directory} is not finished (it has no {needed}); "
-            "the same o2cap train command resumes it."
-        )
+        raise InputError(f"The run in {directory} is not finished: it has no {needed}.")
     return config
 
 
 def _decisive(config: Config) -> dict[str, Any]:
     """Return the settings that can change a result, groups with a dot."""
-    return {
-        f"{name}.{inner}".rstrip("."): value
-        for name, group in config.to_dict().items()
-        if name not in NO_INFLUENCE
-        for inner, value in (group if isinstance(group, dict) else {"": group}).items()
-    }
+    import pandas as pd  # only where there is a run to compare with
+
+    plain = {k: v for k, v in config.to_dict().items() if k not in NO_INFLUENCE}
+    return pd.json_normalize(plain).to_dict("records")[0]
 
 
 def input_facts(dataset: ReIDDataset, labels: Tensor | None) -> Metrics:

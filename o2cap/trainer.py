@@ -14,14 +14,8 @@ import torch
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from o2cap import distributed, losses
+from o2cap import clustering, distributed, losses
 from o2cap.backbone import build_model
-from o2cap.clustering import (
-    camera_aware_jaccard,
-    dbscan,
-    eps_of_most_clusters,
-    jaccard_distance,
-)
 from o2cap.config import Config
 from o2cap.data import load_configured
 from o2cap.data.images import ReIDDataset
@@ -38,14 +32,7 @@ from o2cap.proxies import (
     drop_single_camera,
     split_by_camera,
 )
-from o2cap.run import (
-    Metrics,
-    RunDirectory,
-    RunResult,
-    describe_environment,
-    input_facts,
-    read_run,
-)
+from o2cap.run import Metrics, RunDirectory, RunResult, input_facts, read_run
 from o2cap.weights import EMBEDDED
 
 logger = logging.getLogger("o2cap")
@@ -93,21 +80,17 @@ def train(
         When losses, weights or features are not finite; the last good checkpoint
         stays.
     """
-    joined = distributed.joined(config.timeout)
-    with joined, RunDirectory.claim(config, resume) as run:
+    with distributed.joined(config.timeout), RunDirectory.claim(config, resume) as run:
         if dataset is None:
             dataset = distributed.on_first(load_configured, config)
             if distributed.size() > 1 and dataset.name.startswith("synthetic"):
                 dataset = load_configured(config)  # rendered on every machine
-        labels = pseudo_labels
-        if labels is not None:
-            labels = labels.cpu()
-            if labels.dtype != torch.int64 or labels.shape != (len(dataset.train),):
-                raise InputError(
-                    f"pseudo_labels must be int64, one for each of the "
-                    f"{len(dataset.train)} training pictures, not {labels.dtype} "
-                    f"{list(labels.shape)}."
-                )
+        labels = None if pseudo_labels is None else pseudo_labels.cpu()
+        n = len(dataset.train)
+        if labels is not None and (labels.dtype, *labels.shape) != (torch.int64, n):
+            raise InputError(
+                f"pseudo_labels must be int64, one for each of {n} pictures."
+            )
         facts = input_facts(dataset, labels)
         run.check_input(**facts)
         if run.finished():
@@ -115,22 +98,19 @@ def train(
             return distributed.on_first(read_run, run.path)
         hardware = Hardware.choose(config)
         with hardware.in_force(config):
-            with stage("prepare", {}):
+            with stage("before the first epoch", {}):
                 learner, evaluator, pids = prepare(run, hardware, dataset, facts)
-            if labels is not None and len(labels) != len(learner.images):
-                raise InputError("Some pictures with pseudo_labels cannot be read.")
-            with stage("warm start", {}):
                 warm_start(learner, run)
-            if run.before is None:
-                with stage("evaluate", {}):
+                if run.before is None:
                     run.before = evaluator.record(learner.model)
-                logger.info("before training: %s", in_words(run.before))
-                run.keep_weights(learner.model, "start.safetensors")
-                run.save(learner.state(), epoch=-1)
+                    logger.info("before training: %s", in_words(run.before))
+                    run.keep_weights(learner.model, "start.safetensors")
+                    run.save(learner.state(), epoch=-1)
             for record in train_epochs(learner, evaluator, run, labels, pids):
                 if on_epoch is not None:
                     on_epoch(record)
-            return run.finish(learner.model)
+            run.keep_weights(learner.model, "model.safetensors")
+            return run.finish()
 
 
 def train_epochs(
@@ -269,7 +249,7 @@ def find_clusters(features: Tensor, camids: Tensor, config: Config) -> Tensor:
     """
     eps = config.clustering.eps  # DBSCAN asks for no distance above it
     distance = find_distance(features, camids, config, eps)
-    clusters = dbscan(distance, eps, config.clustering.min_samples)
+    clusters = clustering.dbscan(distance, eps, config.clustering.min_samples)
     if config.clustering.drop_single_camera and len(camids.unique()) > 1:
         clusters = drop_single_camera(clusters, camids)
     return clusters
@@ -281,15 +261,14 @@ def find_distance(
     """Return the distance that the settings name, as :func:`jaccard_distance` does."""
     # With one camera there is nothing to know: the plain distance serves.
     settings, several = config.clustering, len(camids.unique()) > 1
+    how: dict[str, Any] = {"max_distance": max_distance}
     if settings.standardise and several:
         features = standardise_by_camera(features, camids)
     if settings.distance == "camera_aware" and several:
         names = ("k1_intra", "k1_inter", "k2_intra", "k2_inter")
-        lengths: dict[str, Any] = {name: getattr(settings, name) for name in names}
-        lengths["max_distance"] = max_distance
-        return camera_aware_jaccard(features, camids, **lengths)
-    k1, k2 = settings.k1, settings.k2
-    return jaccard_distance(features, k1, k2, max_distance=max_distance)
+        how |= {name: getattr(settings, name) for name in names}
+        return clustering.camera_aware_jaccard(features, camids, **how)
+    return clustering.jaccard_distance(features, settings.k1, settings.k2, **how)
 
 
 def advise(features: Tensor, camids: Tensor, config: Config, clusters: Tensor) -> str:
@@ -318,7 +297,8 @@ def advise(features: Tensor, camids: Tensor, config: Config, clusters: Tensor) -
     number, tips = len(sizes), []
     if number < 2 or 2 * outliers > n:
         distance = find_distance(features, camids, config, 0.8)
-        eps, most, left = eps_of_most_clusters(distance, settings.min_samples)
+        found = clustering.eps_of_most_clusters(distance, settings.min_samples)
+        eps, most, left = found
         if most > max(number, 1):
             tips = [f"eps {eps:g} instead of {settings.eps:g} makes {most} and {left}"]
         elif number < 2:
@@ -362,27 +342,23 @@ def method_losses(
     """
     settings = config.loss
     given = (features, proxy, memory.centroids, proxies)
-    common: dict[str, Any] = {"temperature": settings.temperature, "reduction": "none"}
-    found = {}
+    how: dict[str, Any] = {"temperature": settings.temperature}
     if config.method == "baseline":
-        loss = losses.cluster_loss(*given[:3], temperature=settings.temperature)
-        return {"cluster": loss}
+        return {"cluster": losses.cluster_loss(*given[:3], **how)}
+    how["reduction"], found = "none", {}
     if config.method == "intra":
-        found["intra"] = losses.intra_camera_loss(*given, **common)
-    common["negatives"] = settings.negatives
-    if config.method == "offline":
-        found["offline"] = losses.offline_loss(*given, **common)
+        found["intra"] = losses.intra_camera_loss(*given, **how)
+    how["negatives"] = settings.negatives
     if config.method in ("online", "both"):
         # One product with the whole memory serves both losses.
-        similarity, own = losses.compare_with_own(*given[:3])
-        how: dict[str, Any] = {"similarity": similarity} | common
-        if config.method == "both":
-            spare = None
-            if settings.spare_online_positives:
-                mixed = losses.online_similarity(similarity, own, settings.balance)
-                k, camera = settings.positives, proxies.camera
-                spare = losses.online_positives(mixed, camera, k)
-            found["offline"] = losses.offline_loss(*given, **how, spare=spare)
+        how["similarity"], own = losses.compare_with_own(*given[:3])
+    if config.method in ("offline", "both"):
+        spare = None
+        if config.method == "both" and settings.spare_online_positives:
+            mixed = losses.online_similarity(how["similarity"], own, settings.balance)
+            spare = losses.online_positives(mixed, proxies.camera, settings.positives)
+        found["offline"] = losses.offline_loss(*given, **how, spare=spare)
+    if config.method in ("online", "both"):
         how |= {"positives": settings.positives, "balance": settings.balance}
         found["online"] = losses.online_loss(*given, **how, own=own)
     weight: Tensor | float = 1.0
@@ -405,9 +381,7 @@ def learning_rate(config: Config, epoch: int) -> float:
     """
     settings = config.optim
     warmup = round(settings.warmup * config.epochs)
-    factor = 1.0
-    if epoch < warmup:
-        factor = 0.01 + 0.99 * epoch / warmup
+    factor = 0.01 + 0.99 * epoch / warmup if epoch < warmup else 1.0
     for milestone in settings.milestones:
         factor *= 0.1 if epoch >= round(milestone * config.epochs) else 1.0
     return settings.lr * factor
@@ -441,30 +415,18 @@ def prepare(
     weights = config.weights
     if weights == "embedded":
         weights = str(EMBEDDED / f"{config.synthetic.kind}.safetensors")
-    model = distributed.on_first(  # before minutes of decoding: a download may fail
-        build_model,
-        config.backbone,
-        weights,
-        height=config.height,
-        width=config.width,
-        pooling=config.pooling,
-    )
-    pixels, images = decode(
-        dataset.train,
-        config.height,
-        config.width,
-        workers=config.workers,
-        skip_unreadable=config.skip_unreadable,
-    )
+    # Before minutes of decoding: a download may fail.
+    shape: Any = {n: getattr(config, n) for n in ("height", "width", "pooling")}
+    model = distributed.on_first(build_model, config.backbone, weights, **shape)
+    pixels, images = decode(dataset.train, **config.reading)
     evaluator = Evaluator(config, dataset, hardware)
-    query, gallery = [part for _, part in evaluator.decoded] or (
-        dataset.query,
-        dataset.gallery,
-    )
+    (_, query), (_, gallery) = evaluator.decoded
     kept = replace(dataset, train=images, query=query, gallery=gallery)
     facts = facts | {"readable": kept.fingerprint()}
     run.check_input(**facts)
-    run.begin(dataset, kept, describe_environment(config, hardware) | facts)
+    parts = zip(dataset.splits().values(), kept.splits().values(), strict=True)
+    lost = {p for every, some in parts for p in {*every.paths} - {*some.paths}}
+    run.begin(hardware, facts, lost)
     announce(dataset, hardware, run)
     learner = Learner(config, hardware, model, pixels, images.without_identities())
     return learner, evaluator, images.pids
@@ -475,31 +437,22 @@ def prepare(
 
 def announce(dataset: ReIDDataset, hardware: Hardware, run: RunDirectory) -> None:
     """Say what is trained, on what, and with which pictures."""
-    config, k = run.config, distributed.size()
+    config = run.config
     logger.info(
-        f"{config.method} from weights {config.weights} on {hardware.device}, {k} "
-        f"processes, precision {hardware.precision}, {hardware.threads} threads; run "
-        f"directory {run.path}"
+        f"{config.method} from weights {config.weights} on {hardware.device}, "
+        f"{distributed.size()} processes, precision {hardware.precision}, "
+        f"{hardware.threads} threads; run directory {run.path}"
     )
     for split, counts in dataset.counts().items():
         said = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
         logger.info(f"{dataset.name} {split}: {said or 'none'}")
     if config.method != "baseline" and len(dataset.train.camids.unique()) == 1:
         logger.warning(
-            "All training pictures come from one camera: every cluster is one proxy, "
-            "so the camera-aware parts have nothing to do; the distance is the plain "
-            "one, and training is cluster-level."
+            "All training pictures come from one camera: the camera-aware parts have "
+            "nothing to do, and training is cluster-level."
         )
     if not len(dataset.query):
         logger.info("no query and gallery: clusters are reported, but no mAP")
-    few = config.batch.proxies * config.batch.images < 16 * k
-    if few and k > 1 and hardware.device.type == "cuda":
-        logger.warning(
-            f"Fewer than 16 pictures a GPU: {k} GPUs are hardly faster than one. Try "
-            f"--batch.proxies {k * config.batch.proxies} and --optim.lr "
-            f"{k * config.optim.lr:g}, larger by the number of GPUs, and --iterations "
-            f"{math.ceil(config.iterations / k)}, fewer by it."
-        )
 
 
 def describe_clusters(clusters: Tensor, camids: Tensor, pids: Tensor | None) -> Metrics:
@@ -508,11 +461,10 @@ def describe_clusters(clusters: Tensor, camids: Tensor, pids: Tensor | None) -> 
     Identities, where known, only measure: ARI, NMI, purity.
     """
     known = torch.full_like(clusters, -1) if pids is None else pids
-    quality = asdict(clustering_quality(clusters, known, camids))
-    found = {"clusters": quality["clusters"], "outliers": int((clusters < 0).sum())}
+    found = asdict(clustering_quality(clusters, known, camids))
+    found["outliers"] = round(found.pop("outlier_share") * len(clusters))
     # NaN where there are no clusters, or no clustered picture has a known identity
-    scores = {k: quality[k] for k in ("cameras_per_cluster", "ari", "nmi", "purity")}
-    return found | {name: value for name, value in scores.items() if value == value}
+    return {name: value for name, value in found.items() if value == value}
 
 
 def in_words(record: Metrics) -> str:
@@ -533,10 +485,9 @@ def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise InputError(
-            f"The GPU's memory is full (stage: {name}). If another program fills it, "
-            "the same command resumes later where this one stopped; if not, a new run "
-            "with a smaller --batch.proxies, --batch.images, --warm-start.images, "
-            "--height or --width needs less."
+            f"The GPU's memory is full (stage: {name}): resume when others need "
+            "less, or begin a run with a smaller --batch.proxies, --batch.images, "
+            "--warm-start.images, --height or --width."
         ) from error
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()

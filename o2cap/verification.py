@@ -57,9 +57,8 @@ def verify_pairs(
         c.to(device) for c in (gallery_pids, gallery_camids, query_pids, query_camids)
     )
     counts = torch.zeros(2, _BINS, dtype=torch.float64)
-    for rows in torch.arange(len(own_pids), device=device).split(
-        max(1, _BLOCK_ELEMENTS // max(1, len(pids)))
-    ):
+    size = max(1, _BLOCK_ELEMENTS // max(1, len(pids)))
+    for rows in torch.arange(len(own_pids), device=device).split(size):
         distance = (1 - query_features[rows] @ gallery_features.T).clamp(0, 2)
         same = own_pids[rows, None] == pids
         easy = same & (own_camids[rows, None] == camids)

@@ -238,7 +238,7 @@ def test_what_is_no_finished_run_or_no_device(
     shutil.copytree(run, tmp_path / "half")
     (tmp_path / "half/model.safetensors").unlink()
     for call in (embed, cluster):
-        with pytest.raises(InputError, match="no run directory"):
+        with pytest.raises(InputError, match="cannot be read as settings"):
             call(tmp_path, pictures)
         with pytest.raises(InputError, match="not finished"):
             call(tmp_path / "half", pictures)

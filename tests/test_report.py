@@ -261,10 +261,10 @@ def test_no_cluster_at_all(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("config.yaml", None, "no run directory"),
+        ("config.yaml", None, "cannot be read as settings"),
         ("metrics.jsonl", None, "has no metrics.jsonl"),
         ("metrics.jsonl", "", "no finished epoch"),
-        ("metrics.jsonl", '{"epoch": 0}\n{"epo', "is damaged"),
+        ("metrics.jsonl", '{"epoch": 0}\n{"epo', "damaged"),
         ("environment.json", "", "damaged"),
         ("pseudo_labels/epoch_001.npz", "no archive", "is damaged"),
         ("pseudo_labels/epoch_001.npz", None, "is damaged"),
