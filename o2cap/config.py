@@ -20,6 +20,7 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
+from o2cap import __version__
 from o2cap.errors import InputError, unknown
 
 Method = Literal["baseline", "intra", "offline", "online", "both"]
@@ -401,4 +402,5 @@ def load(path: Path) -> Config:
         return TypeAdapter(Config).validate_json(json.dumps(plain, default=str))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, InputError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
-        raise InputError(f"{path} cannot be read as settings: {reason}.") from error
+        said = f"{path} cannot be read as settings of o2cap {__version__}: {reason}."
+        raise InputError(said) from error

@@ -98,9 +98,13 @@ def train(
             return distributed.on_first(read_run, run.path)
         hardware = Hardware.choose(config)
         with hardware.in_force(config):
-            with stage("before the first epoch", {}):
+            with stage("prepare", {}):
                 learner, evaluator, pids = prepare(run, hardware, dataset, facts)
+            if labels is not None and len(labels) != len(learner.images):
+                raise InputError("Some pictures with pseudo_labels cannot be read.")
+            with stage("warm start", {}):
                 warm_start(learner, run)
+            with stage("evaluate", {}):
                 if run.before is None:
                     run.before = evaluator.record(learner.model)
                     logger.info("before training: %s", in_words(run.before))
@@ -453,6 +457,13 @@ def announce(dataset: ReIDDataset, hardware: Hardware, run: RunDirectory) -> Non
         )
     if not len(dataset.query):
         logger.info("no query and gallery: clusters are reported, but no mAP")
+    few = config.batch.proxies * config.batch.images < 16 * (k := distributed.size())
+    if few and k > 1 and hardware.device.type == "cuda":
+        logger.warning(
+            f"Fewer than 16 pictures a GPU: {k} GPUs are hardly faster than one. Try "
+            f"--batch.proxies {k * config.batch.proxies} --optim.lr "
+            f"{k * config.optim.lr:g} --iterations {-(-config.iterations // k)}"
+        )
 
 
 def describe_clusters(clusters: Tensor, camids: Tensor, pids: Tensor | None) -> Metrics:

@@ -240,7 +240,7 @@ def test_a_bad_value_is_one_sentence_wherever_it_comes_from(
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(plain))
     with pytest.raises(
-        InputError, match=f"config.yaml cannot be read as settings: {said}$"
+        InputError, match=f"config.yaml cannot be read as settings of o2cap .*: {said}$"
     ):
         load(path)
 

@@ -927,8 +927,8 @@ def test_tf32_goes_with_mixed_precision(precision: Any, allowed: bool) -> None:
 @pytest.mark.parametrize(
     ("name", "stage"),
     [
-        ("Learner", "before the first epoch"),
-        ("warm_start", "before the first epoch"),
+        ("Learner", "prepare"),
+        ("warm_start", "warm start"),
         ("extract_all", "extract"),
         ("find_clusters", "cluster"),
         ("train_epoch", "train"),
@@ -953,6 +953,34 @@ def test_a_full_gpu_is_said_and_harms_nothing(
     monkeypatch.undo()
     train(tiny.config(half), data)
     assert outcome(half) == outcome(whole)
+
+
+@pytest.mark.parametrize(
+    ("device", "processes", "proxies", "said"),
+    [
+        ("cuda", 8, 8, True),
+        ("cuda", 8, 32, False),
+        ("cuda", 1, 2, False),
+        ("cpu", 8, 8, False),
+    ],
+)
+def test_gpus_with_too_little_to_do_are_said_with_what_to_scale(
+    device: str,
+    processes: int,
+    proxies: int,
+    said: bool,
+    data: ReIDDataset,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = settings.preset("msmt17", batch=BatchConfig(proxies=proxies))
+    hardware = trainer.Hardware(torch.device(device), "off", 1)
+    run: Any = SimpleNamespace(config=config, path="run")
+    monkeypatch.setattr(trainer.distributed, "size", lambda: processes)
+    trainer.announce(data, hardware, run)
+    assert ("Fewer than 16 pictures a GPU" in caplog.text) == said
+    recipe = "--batch.proxies 64 --optim.lr 0.0028"
+    assert (recipe in caplog.text) == ("--iterations 50" in caplog.text) == said
 
 
 def test_cuda_graphs_leave_the_statistics_alone_and_serve_a_shape_each(
