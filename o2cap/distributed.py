@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
 import platform
-import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -33,9 +31,6 @@ from o2cap.errors import InputError, TrainingError
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-PATIENCE = 60.0  # seconds for which the others wait before it is said:
-WAITING = "%s takes a while: the others wait for it, --timeout minutes at most"
 
 
 @contextlib.contextmanager
@@ -58,33 +53,25 @@ def joined(minutes: float = 30) -> Iterator[None]:
         From torch, when another process stops before the end; the same command goes on
         from the last checkpoint.
     """
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    lacking = [name for name in names if name not in os.environ]
+    names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     alone = not {"RANK", "WORLD_SIZE"} & os.environ.keys()
     if dist.is_initialized() or alone or os.environ.get("WORLD_SIZE") == "1":
         yield
         return
-    if lacking:
+    if lacking := sorted(names - os.environ.keys()):
         raise InputError(
             f"The environment has RANK or WORLD_SIZE, but not {', '.join(lacking)}: "
             "start several processes by torchrun, or unset them all for one."
         )
-    gpu = local_gpu()
-    if gpu is not None:
-        torch.cuda.set_device(gpu)  # before NCCL takes the first one
+    gpu = None
+    if count := torch.cuda.device_count():
+        gpu = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % count)
+        torch.cuda.set_device(gpu)  # what "cuda" means from here on, to NCCL too
     dist.init_process_group(timeout=timedelta(minutes=minutes), device_id=gpu)
     try:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def local_gpu() -> torch.device | None:
-    """Return the GPU of this process among those of its machine; None without one."""
-    count = torch.cuda.device_count()
-    if not count:
-        return None
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % count)
 
 
 def rank() -> int:
@@ -189,20 +176,15 @@ def on_first(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Let the first process do `work`; all return what it found, or raise its error."""
     if size() == 1:
         return work(*args, **kwargs)
-    found: list[Any] = [None, None]
+    found: list[Any] = [None]
     if rank() == 0:
-        say = logging.getLogger("o2cap").info
-        late = threading.Timer(PATIENCE, say, (WAITING, work.__name__))
-        late.start()
         try:
-            found[0] = work(*args, **kwargs)
+            found = [work(*args, **kwargs)]
         except (InputError, TrainingError) as error:
-            found[1] = error
-        finally:
-            late.cancel()
+            found = [error]
     dist.broadcast_object_list(found, 0)
-    if found[1]:
-        raise found[1]
+    if isinstance(found[0], Exception):
+        raise found[0]
     return found[0]
 
 

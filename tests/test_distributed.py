@@ -7,7 +7,6 @@ everything, which torchrun's own would do each for itself.
 from __future__ import annotations
 
 import copy
-import logging
 import multiprocessing
 import os
 import resource
@@ -16,7 +15,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
@@ -218,22 +216,6 @@ def test_each_machine_reads_a_picture_once(
         lists = [(tmp_path / f"read/{r}").read_text().split() for r in ranks]
         assert sorted(name for found in lists for name in found) == names
         assert max(map(len, lists)) - min(map(len, lists)) <= 1
-
-
-def _wait() -> None:
-    logging.basicConfig(level="INFO")
-    distributed.PATIENCE = 0.2
-    with distributed.joined():
-        distributed.on_first(time.sleep, 1)
-        distributed.PATIENCE = 60
-        distributed.on_first(time.sleep, 0.3)
-
-
-def test_a_long_wait_is_said_once(tmp_path: Path) -> None:
-    said = tmp_path / "said"
-    assert run(said, _wait) == [0, 0], said.read_text()
-    assert said.read_text().count("sleep takes a while: the others wait") == 1
-    assert "--timeout minutes" in said.read_text()
 
 
 def _freeze_statistics() -> None:
