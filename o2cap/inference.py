@@ -175,7 +175,7 @@ def embed(
             how: Any = {"workers": config.workers, "skip_unreadable": skip_unreadable}
             pixels, images = decode(images, config.height, config.width, **how)
             model = model.to(hardware.device)
-            features = extract_all(model, pixels, config, hardware, progress=True)
+            features = extract_all(model, pixels, config, hardware)
     if standardise:
         features = standardise_by_camera(features, _cameras("--standardise", images))
         made_by += ", standardised by camera (transductive)"
