@@ -139,10 +139,9 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
     """
     if size() == 1:
         return model
-    on_gpu = device.type == "cuda"
-    if on_gpu:
+    if device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return DistributedDataParallel(model, device_ids=[device] if on_gpu else None)
+    return DistributedDataParallel(model)
 
 
 def copy_buffers(module: nn.Module) -> None:
