@@ -4,9 +4,8 @@ K processes compute what one would. All draw the same plan of an epoch; each tak
 share of every batch through its copy of the network; the features of all are gathered,
 with their gradient; and each computes the loss of the whole batch and moves its copy of
 the memory in the order of the batch, so that the copies stay equal. Extraction is
-shared out by rows, and decoding among the processes of a machine, each of which reads
-the pictures once. The first process alone clusters, evaluates and touches the run
-directory.
+shared out by rows; pictures are read once a machine, by the first process on it. The
+first process of all clusters, evaluates and touches the run directory.
 
 Without torchrun there is one process, and each function here is what it is for one.
 """
@@ -18,7 +17,7 @@ import functools
 import os
 import platform
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, ParamSpec, TypeVar
 
@@ -84,14 +83,9 @@ def size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def share(n: int, among: Sequence[int] = ()) -> slice:
-    """Return this process's rows of n: consecutive, as equal as n allows.
-
-    Shared out among all processes, or among those with these numbers.
-    """
-    every = among or range(size())
-    place, k = every.index(rank()), len(every)
-    return slice(place * n // k, (place + 1) * n // k)
+def share(n: int) -> slice:
+    """Return this process's rows of n: consecutive, as equal as n allows."""
+    return slice(rank() * n // size(), (rank() + 1) * n // size())
 
 
 class _Gather(torch.autograd.Function):
@@ -165,10 +159,10 @@ def everyones(found: T) -> list[T]:
     return every
 
 
-def on_this_machine() -> list[int]:
-    """Return the numbers of the processes that run on this machine, this one's too."""
+def first_here() -> int:
+    """Return the number of the first process that runs on this machine."""
     every = everyones((platform.node(), uuid.getnode()))  # its name, its network card
-    return [number for number, other in enumerate(every) if other == every[rank()]]
+    return every.index(every[rank()])
 
 
 def on_first(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
