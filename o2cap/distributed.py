@@ -15,8 +15,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import platform
-import uuid
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, ParamSpec, TypeVar
@@ -160,9 +158,8 @@ def everyones(found: T) -> list[T]:
 
 
 def first_here() -> int:
-    """Return the number of the first process that runs on this machine."""
-    every = everyones((platform.node(), uuid.getnode()))  # its name, its network card
-    return every.index(every[rank()])
+    """Return the number of the first process on this machine, as torchrun counts."""
+    return rank() - int(os.environ.get("LOCAL_RANK", "0")) if size() > 1 else 0
 
 
 def on_first(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
