@@ -217,9 +217,7 @@ def _named(name: str, root: Path, skip_unreadable: bool) -> Reading:
                 camera, pid = int(match[2]), int(match[1])
                 names = (f"c{camera}", match[1].lstrip("0"))  # distractors have none
                 pictures.append((path, camera - 1, pid, *names))
-        remedy = "move them out of the folder"
-        if not (pictures or junk):
-            remedy = f"so this is not {name}: use --dataset folders, or manifest"
+        remedy = f"move them out; if this is no {name}, see --dataset manifest, folders"
         defect = f"Pictures in {base / folder} are not named like {example}"
         problems += _sentence(defect, strange, remedy)
         parts.append(pictures)
