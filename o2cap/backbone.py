@@ -126,7 +126,8 @@ def build_model(
     ----------
     backbone : str
         ``tiny_resnet``, ``resnet50_ibn_a``, ``resnet101_ibn_a``, the name of a
-        classification model of torchvision, or ``timm:`` and the name of one of timm.
+        classification model of torchvision (no transformer of fixed size), or
+        ``timm:`` and the name of one of timm.
     weights : str
         ``pretrained`` or ``torchvision`` (the library's own, downloaded), ``none``, or
         a file, see :func:`o2cap.weights.read_state_dict`: of the backbone, or of a
