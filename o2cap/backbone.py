@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +14,7 @@ from torchvision.transforms.v2 import Normalize
 
 from o2cap.data.transforms import MEAN, STD
 from o2cap.errors import InputError, unknown
-from o2cap.weights import HEADS, fill, read_state_dict, resize_positions
+from o2cap.weights import HEADS, fill, read_state_dict
 
 
 class GeM(nn.Module):
@@ -85,13 +84,6 @@ class TinyResNet(nn.Module):
         return self.layers(x)
 
 
-class AnySizeViT(models.VisionTransformer):
-    """torchvision's vision transformer, which by itself insists on squares."""
-
-    def _process_input(self, x: Tensor) -> Tensor:
-        return self.conv_proj(x).flatten(2).transpose(1, 2)
-
-
 class ReIDModel(nn.Module):
     """A backbone with what Re-ID puts on top of it.
 
@@ -134,7 +126,8 @@ def build_model(
     ----------
     backbone : str
         ``tiny_resnet``, ``resnet50_ibn_a``, ``resnet101_ibn_a``, the name of a
-        classification model of torchvision, or ``timm:`` and the name of one of timm.
+        classification model of torchvision (no transformer of fixed size), or
+        ``timm:`` and the name of one of timm.
     weights : str
         ``pretrained`` or ``torchvision`` (the library's own, downloaded), ``none``, or
         a file, see :func:`o2cap.weights.read_state_dict`: of the backbone, or of a
@@ -160,7 +153,7 @@ def build_model(
         network = make(backbone, pretrained, (height, width), pooling)
         if from_file and not whole:
             fill(network, state)
-        body = _body(network, (height, width))
+        body = _body(network)
         with torch.inference_mode():
             shape = body.eval()(torch.zeros(1, 3, height, width)).shape
         pool: nn.Module = nn.Identity()
@@ -185,7 +178,7 @@ def build_model(
 def _torchvision(name: str, pretrained: bool, *_: Any) -> nn.Module:
     own = ["tiny_resnet", "resnet50_ibn_a", "resnet101_ibn_a"]
     # without those that need special care; timm has them, too
-    odd = ["densenet*", "googlenet", "inception*", "maxvit*"]
+    odd = ["densenet*", "googlenet", "inception*", "maxvit*", "vit*"]
     known = own + models.list_models(models, exclude=odd)
     if name not in known:
         raise InputError(unknown("The backbone", name, known))
@@ -213,17 +206,14 @@ def _timm(name: str, pretrained: bool, size: tuple[int, int], pooling: str) -> A
         import timm
     except ImportError as error:
         raise InputError(f"{name} needs timm: pip install 'o2cap[timm]'.") from error
-    name, known = name[5:], timm.list_models() + timm.list_pretrained()
-    if name not in known:
-        near = ", ".join(get_close_matches(name, known, cutoff=0))
-        raise InputError(f"timm has no model {name!r}; the nearest are {near}.")
+    name = name[5:]
     options: dict[str, Any] = {"global_pool": ""} if pooling == "gem" else {}
     if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
         options["img_size"] = size
     return timm.create_model(name, pretrained, num_classes=0, **options)
 
 
-def _body(network: Any, size: tuple[int, int]) -> nn.Module:
+def _body(network: Any) -> nn.Module:
     """Return what maps pictures to a feature map, or else to a pooled vector."""
     for part in getattr(network, "layer4", nn.Identity()).modules():
         if hasattr(part, "stride"):  # the last stage of a ResNet
@@ -231,18 +221,13 @@ def _body(network: Any, size: tuple[int, int]) -> nn.Module:
         if isinstance(part, nn.AvgPool2d):  # before some shortcuts
             part.kernel_size, part.padding = 1, 0
     for name, value in network.named_parameters():
-        if name.startswith(("conv_proj.", "patch_embed.proj.")):
+        if name.startswith("patch_embed.proj."):
             value.requires_grad_(False)
     if hasattr(network, "pretrained_cfg"):  # timm's; they expect other colours
         colours = torch.tensor([network.pretrained_cfg[k] for k in ("mean", "std")])
         mean, std = (colours - torch.tensor([MEAN, [0] * 3])) / torch.tensor(STD)
         return nn.Sequential(Normalize(mean.tolist(), std.tolist()), network)
-    if isinstance(network, models.VisionTransformer):
-        grid = [pixels // network.patch_size for pixels in size]
-        positions = resize_positions(network.encoder.pos_embedding.detach(), grid)
-        network.encoder.pos_embedding = nn.Parameter(positions)
-        network.__class__ = AnySizeViT
-    if isinstance(network, AnySizeViT | TinyResNet):
+    if isinstance(network, TinyResNet):
         return network
     end = ("avgpool", "flatten", *HEADS)
     parts = [part for name, part in network.named_children() if name not in end]

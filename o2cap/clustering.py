@@ -155,13 +155,10 @@ def camera_aware_jaccard(
     """
     n, intra, inter = len(features), k1_intra + 1, k1_inter + 1
     check_cameras(camids, n)
-    if not (
-        1 <= k2_intra <= intra and 1 <= k2_inter <= inter and min(intra, inter) > 1
-    ):
-        raise ValueError(
-            "k1_intra, k1_inter, k2_intra and k2_inter must be at least 1, and each k2 "
-            f"at most k1 + 1; got {k1_intra}, {k1_inter}, {k2_intra} and {k2_inter}"
-        )
+    for k1, k2 in ((k1_intra, k2_intra), (k1_inter, k2_inter)):
+        if not (k1 >= 1 and 1 <= k2 <= k1 + 1):
+            said = "every k1 and k2 must be at least 1, and k2 at most k1 + 1"
+            raise ValueError(f"{said}; got k1={k1} and k2={k2}")
     if neighbours is None:
         neighbours = camera_neighbours(features, camids, k1_intra, k1_inter)
     similarity, index = _checked(neighbours, n, intra + inter, nobody=True)
@@ -293,12 +290,12 @@ def _checked(
 ) -> tuple[np.ndarray, np.ndarray]:
     """First k columns, as arrays; the compiled loops trust what they are given."""
     similarity, index = (part[:, :k].cpu() for part in neighbours)
-    if not similarity.shape == index.shape == (n, k):
-        raise ValueError(f"neighbours must be two tensors of shape [{n}, at least {k}]")
-    own_first = torch.equal(index[:, 0], torch.arange(n))
-    if not own_first or index.amin() < -nobody or index.amax() >= n:
+    right = similarity.shape == index.shape == (n, k)
+    right = right and torch.equal(index[:, 0], torch.arange(n))
+    if not right or index.amin() < -nobody or index.amax() >= n:
         raise ValueError(
-            f"neighbours must be row numbers from 0 to {n - 1}, each row's own first"
+            f"neighbours must be two tensors of shape [{n}, at least {k}], similarity "
+            f"and row numbers from 0 to {n - 1}, each row's own first"
         )
     return similarity.float().numpy(), index.int().numpy()
 

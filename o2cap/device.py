@@ -11,7 +11,6 @@ from typing import Literal
 import torch
 from torch.backends import cudnn
 
-from o2cap import distributed
 from o2cap.config import Config
 from o2cap.errors import InputError
 
@@ -47,8 +46,6 @@ class Hardware:
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            if name == "cuda" and distributed.size() > 1:
-                name = str(distributed.local_gpu())
             device = torch.device(name)
             if config.deterministic:  # cuBLAS reads it once, at its first product
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -59,13 +56,12 @@ class Hardware:
                 f"--device {config.device} cannot be used here ({reason}); try cpu."
             ) from error
         precision = config.precision
-        if precision == "auto":
-            if device.type == "cuda":
-                precision = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
-            else:
-                # Without such instructions a CPU emulates bf16, slower than float32.
-                has = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-                precision = "bf16" if device.type == "cpu" and has() else "off"
+        if precision == "auto" and device.type == "cuda":
+            precision = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+        elif precision == "auto":
+            # Without such instructions a CPU emulates bf16, slower than float32.
+            has = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+            precision = "bf16" if device.type == "cpu" and has() else "off"
         # With every core taken, threads that wait for each other collapse beside a
         # busy neighbour (measured on 2 cores: an epoch 60 s instead of 5 s).
         threads = config.threads or torch.get_num_threads()
@@ -89,20 +85,17 @@ class Hardware:
         threads = torch.get_num_threads()
         strict = torch.are_deterministic_algorithms_enabled()
         matmul = torch.get_float32_matmul_precision()
-        tf32 = self.precision != "off"
+        tf32, fast = self.precision != "off", not config.deterministic
         gpu = [self.device] if self.device.type == "cuda" else []
         try:
             torch.set_num_threads(self.threads)
             torch.use_deterministic_algorithms(config.deterministic)
             if gpu and tf32:
                 torch.set_float32_matmul_precision("high")
-            with contextlib.ExitStack() as stack:
-                switches = {"benchmark": not config.deterministic, "allow_tf32": tf32}
-                stack.enter_context(cudnn.flags(enabled=True, **switches))
-                # Without devices it would initialise all GPUs, for the CPU too.
-                stack.enter_context(torch.random.fork_rng(gpu))
-                if gpu:
-                    stack.enter_context(torch.cuda.device(self.device))
+            chosen = torch.cuda.device(self.device) if gpu else contextlib.nullcontext()
+            # Without devices `fork_rng` would initialise all GPUs, for the CPU too.
+            switches = cudnn.flags(enabled=True, benchmark=fast, allow_tf32=tf32)
+            with chosen, torch.random.fork_rng(gpu), switches:
                 yield
         finally:
             torch.set_num_threads(threads)

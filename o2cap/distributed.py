@@ -4,9 +4,8 @@ K processes compute what one would. All draw the same plan of an epoch; each tak
 share of every batch through its copy of the network; the features of all are gathered,
 with their gradient; and each computes the loss of the whole batch and moves its copy of
 the memory in the order of the batch, so that the copies stay equal. Extraction is
-shared out by rows, and decoding among the processes of a machine, each of which reads
-the pictures once. The first process alone clusters, evaluates and touches the run
-directory.
+shared out by rows; pictures are read once a machine, by the first process on it. The
+first process of all clusters, evaluates and touches the run directory.
 
 Without torchrun there is one process, and each function here is what it is for one.
 """
@@ -15,12 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
-import platform
-import threading
-import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, ParamSpec, TypeVar
 
@@ -33,9 +28,6 @@ from o2cap.errors import InputError, TrainingError
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-PATIENCE = 60.0  # seconds for which the others wait before it is said:
-WAITING = "%s takes a while: the others wait for it, --timeout minutes at most"
 
 
 @contextlib.contextmanager
@@ -58,33 +50,25 @@ def joined(minutes: float = 30) -> Iterator[None]:
         From torch, when another process stops before the end; the same command goes on
         from the last checkpoint.
     """
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    lacking = [name for name in names if name not in os.environ]
+    names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     alone = not {"RANK", "WORLD_SIZE"} & os.environ.keys()
     if dist.is_initialized() or alone or os.environ.get("WORLD_SIZE") == "1":
         yield
         return
-    if lacking:
+    if lacking := sorted(names - os.environ.keys()):
         raise InputError(
             f"The environment has RANK or WORLD_SIZE, but not {', '.join(lacking)}: "
             "start several processes by torchrun, or unset them all for one."
         )
-    gpu = local_gpu()
-    if gpu is not None:
-        torch.cuda.set_device(gpu)  # before NCCL takes the first one
+    gpu = None
+    if count := torch.cuda.device_count():
+        gpu = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % count)
+        torch.cuda.set_device(gpu)  # what "cuda" means from here on, to NCCL too
     dist.init_process_group(timeout=timedelta(minutes=minutes), device_id=gpu)
     try:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def local_gpu() -> torch.device | None:
-    """Return the GPU of this process among those of its machine; None without one."""
-    count = torch.cuda.device_count()
-    if not count:
-        return None
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % count)
 
 
 def rank() -> int:
@@ -97,14 +81,9 @@ def size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def share(n: int, among: Sequence[int] = ()) -> slice:
-    """Return this process's rows of n: consecutive, as equal as n allows.
-
-    Shared out among all processes, or among those with these numbers.
-    """
-    every = among or range(size())
-    place, k = every.index(rank()), len(every)
-    return slice(place * n // k, (place + 1) * n // k)
+def share(n: int) -> slice:
+    """Return this process's rows of n: consecutive, as equal as n allows."""
+    return slice(rank() * n // size(), (rank() + 1) * n // size())
 
 
 class _Gather(torch.autograd.Function):
@@ -152,10 +131,9 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
     """
     if size() == 1:
         return model
-    on_gpu = device.type == "cuda"
-    if on_gpu:
+    if device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return DistributedDataParallel(model, device_ids=[device] if on_gpu else None)
+    return DistributedDataParallel(model)
 
 
 def copy_buffers(module: nn.Module) -> None:
@@ -179,30 +157,24 @@ def everyones(found: T) -> list[T]:
     return every
 
 
-def on_this_machine() -> list[int]:
-    """Return the numbers of the processes that run on this machine, this one's too."""
-    every = everyones((platform.node(), uuid.getnode()))  # its name, its network card
-    return [number for number, other in enumerate(every) if other == every[rank()]]
+def first_here() -> int:
+    """Return the number of the first process on this machine, as torchrun counts."""
+    return rank() - int(os.environ.get("LOCAL_RANK", "0")) if size() > 1 else 0
 
 
 def on_first(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Let the first process do `work`; all return what it found, or raise its error."""
     if size() == 1:
         return work(*args, **kwargs)
-    found: list[Any] = [None, None]
+    found: list[Any] = [None]
     if rank() == 0:
-        say = logging.getLogger("o2cap").info
-        late = threading.Timer(PATIENCE, say, (WAITING, work.__name__))
-        late.start()
         try:
-            found[0] = work(*args, **kwargs)
+            found = [work(*args, **kwargs)]
         except (InputError, TrainingError) as error:
-            found[1] = error
-        finally:
-            late.cancel()
+            found = [error]
     dist.broadcast_object_list(found, 0)
-    if found[1]:
-        raise found[1]
+    if isinstance(found[0], Exception):
+        raise found[0]
     return found[0]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Literal
 
 import torch
@@ -23,15 +22,13 @@ from o2cap.proxies import check_cameras
 
 def autocast(
     device: torch.device, precision: Literal["bf16", "fp16", "off"], cache: bool = True
-) -> contextlib.AbstractContextManager[object]:
+) -> torch.autocast:
     """Return the context in which the network runs at `precision`.
 
     `cache` keeps weights in half precision for several uses; no CUDA graph may do so.
     """
-    if precision == "off":
-        return contextlib.nullcontext()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float16
-    return torch.autocast(device.type, dtype=dtype, cache_enabled=cache)
+    return torch.autocast(device.type, dtype, precision != "off", cache)
 
 
 def upload(pixels: Tensor, device: torch.device) -> Tensor:
@@ -54,7 +51,6 @@ def extract(
     width: int,
     device: torch.device | str = "cpu",
     precision: Literal["bf16", "fp16", "off"] = "off",
-    progress: bool = False,
 ) -> Tensor:
     """Return the L2-normalised feature of every picture, FloatTensor [N, D].
 
@@ -70,8 +66,6 @@ def extract(
         Where the network runs, and where the features are returned.
     precision : str
         Mixed precision of the network; the features are float32 in any case.
-    progress : bool
-        Draw a progress bar, on a terminal only.
     """
     device = torch.device(device)
     if isinstance(images, ImageSet):
@@ -83,10 +77,9 @@ def extract(
     was_training = model.training
     model.to(device).eval()
     starts = range(0, len(images), size)
-    # disable=None: no bar where the output is a file
-    bar = tqdm(starts, "extract", leave=False, disable=None if progress else True)
+    hidden = distributed.rank() > 0 or None  # None: on a terminal only
     try:
-        for start in bar:
+        for start in tqdm(starts, "extract", leave=False, disable=hidden):
             pixels = upload(images[start : start + size], device)
             with autocast(device, precision):
                 features[start : start + size] = model(normalise(pixels))
@@ -96,12 +89,7 @@ def extract(
 
 
 def extract_all(
-    model: ReIDModel,
-    pixels: Tensor,
-    config: Config,
-    hardware: Hardware,
-    *,
-    progress: bool = False,
+    model: ReIDModel, pixels: Tensor, config: Config, hardware: Hardware
 ) -> Tensor:
     """Return the features of all pictures, each process extracting its share.
 
@@ -121,7 +109,6 @@ def extract_all(
             width=config.width,
             device=hardware.device,
             precision=precision,
-            progress=progress,
         )
         features = distributed.gather(features, n)
         if features.sum().isfinite():  # no temporary of the size of the features

@@ -172,7 +172,7 @@ def embed(
         hardware = Hardware.choose(config)
         with hardware.in_force(config):
             pixels, images = decode(images, **config.reading)
-            features = extract_all(model, pixels, config, hardware, progress=True)
+            features = extract_all(model, pixels, config, hardware)
     if standardise:
         features = standardise_by_camera(features, _cameras("--standardise", images))
         made_by += ", standardised by camera (transductive)"

@@ -124,15 +124,9 @@ def compare_with_own(
 
     Reading the memory is what a product of so few rows costs, so it is read once.
     """
-    if proxy.device.type == "cpu":
-        # Anchors of one proxy share its row. (A GPU would have to be waited for to
-        # learn which do, and computes all of them faster than that.)
-        proxy, place = proxy.unique(return_inverse=True)
-    else:
-        place = torch.arange(len(proxy), device=proxy.device)
     rows = torch.cat([features.to(centroids.dtype), centroids[proxy]])
-    similarity, own = compare(rows, centroids).split([len(features), len(proxy)])
-    return similarity, own[place]
+    similarity, own = compare(rows, centroids).split(len(features))
+    return similarity, own
 
 
 def online_similarity(similarity: Tensor, own: Tensor, balance: float = 0.15) -> Tensor:

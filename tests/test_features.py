@@ -123,7 +123,7 @@ def test_nothing_in_nothing_out(model: ReIDModel) -> None:
 def test_progress_is_silent_in_a_log_file(
     model: ReIDModel, pixels: Tensor, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    extract(model, pixels, **SIZE, progress=True)
+    extract(model, pixels, **SIZE)
     assert capfd.readouterr() == ("", "")
 
 

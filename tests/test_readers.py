@@ -140,7 +140,7 @@ def test_a_picture_with_a_broken_name_is_named(market: Path, name: str) -> None:
 def test_when_all_names_differ_it_is_another_data_set(tmp_path: Path) -> None:
     plant(tmp_path, [f"{name}/1.jpg" for name in ("query", "bounding_box_train")])
     plant(tmp_path, ["bounding_box_test/2.jpg"])
-    with pytest.raises(InputError, match="this is not market1501: use --dataset folde"):
+    with pytest.raises(InputError, match="this is no market1501, see --dataset manif"):
         load_dataset("market1501", tmp_path)
 
 
@@ -222,7 +222,7 @@ def test_dukemtmcreid(tmp_path: Path) -> None:
         ("0005_c5_f0051781.jpg", 5, 4),
         ("0006_c8_f0021529.jpg", 6, 7),
     }
-    with pytest.raises(InputError, match="so this is not market1501"):
+    with pytest.raises(InputError, match="if this is no market1501"):
         load_dataset("market1501", root)
 
 

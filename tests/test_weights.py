@@ -12,12 +12,13 @@ import torch
 import torchvision
 import yaml
 from safetensors.torch import load_file, save_file
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from o2cap.backbone import ReIDModel, TinyResNet, build_model
 from o2cap.errors import InputError
 from o2cap.files import read_json
-from o2cap.weights import EMBEDDED, read_state_dict, resize_positions
+from o2cap.weights import EMBEDDED, read_state_dict
 from o2cap_book import batch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data_scripts"))
@@ -124,28 +125,12 @@ def test_a_vit_of_transreid(
         state = model.backbone[1].state_dict()
         positions = state.pop("pos_embed")
         torch.testing.assert_close(
-            positions, resize_positions(theirs["pos_embed"], [4, 2])
+            positions, resample_abs_pos_embed(theirs["pos_embed"], [4, 2], [*grid])
         )
         for name, value in state.items():
             assert value.equal(theirs[name])
     assert "head.x" in caplog.messages[0]
     assert "bottleneck.weight, classifier.weight, fc.weight" in caplog.messages[-1]
-
-
-@pytest.mark.parametrize(("rows", "columns"), [(6, 6), (8, 4)])
-def test_positions_are_resized_in_rows_and_columns(rows: int, columns: int) -> None:
-    def ramp(rows: int, columns: int) -> Tensor:
-        down = (torch.arange(rows) + 0.5)[:, None] / rows
-        right = (torch.arange(columns) + 0.5)[None] / columns
-        patches = torch.stack(torch.broadcast_tensors(down, right), dim=-1)
-        return torch.cat([torch.tensor([[7.0, 9.0]]), patches.flatten(0, 1)])[None]
-
-    old = ramp(rows, columns)
-    torch.testing.assert_close(resize_positions(old, [rows, columns]), old)
-    found = resize_positions(old, [3, 2])
-    assert found.shape == (1, 7, 2)
-    assert found[0, 0].equal(old[0, 0])  # the class token's stays
-    torch.testing.assert_close(found, ramp(3, 2), rtol=0, atol=0.06)  # but the border
 
 
 # ------------------------------------------ files that are refused

@@ -54,10 +54,8 @@ def find_pictures(
     for given in where:
         place = Path(os.path.abspath(given.expanduser()))
         paths, top = [place], place.parent.parent
-        if place.is_dir():
+        if not place.is_file():
             paths, top = list_pictures(place, skip_unreadable), place.parent
-        elif not place.exists():
-            raise InputError(f"{given} does not exist; name a picture or a folder.")
         elif len(where) == 1 and place.suffix.lower() == ".csv":
             return _listed(place, skip_unreadable)
         if not paths:

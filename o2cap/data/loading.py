@@ -155,8 +155,8 @@ def decode(
 ) -> tuple[Tensor, ImageSet]:
     """Decode all pictures once, into memory or, if they are too many, onto disk.
 
-    Of several processes each makes this call. Those of one machine share the work and
-    the pixels: each decodes its part.
+    Of several processes each makes this call. The first on a machine decodes, and all
+    on it share the pixels.
 
     Parameters
     ----------
@@ -165,8 +165,8 @@ def decode(
     height, width : int
         Size to bring them to, in pixels.
     workers : int
-        Threads that decode (decoding lets other threads run); 0 means one a core, or
-        this process's share of the cores. The result does not depend on it.
+        Threads that decode (decoding lets other threads run); 0 means one a core. The
+        result does not depend on it.
     skip_unreadable : bool
         Leave unreadable pictures out and say how many, instead of stopping.
 
@@ -187,13 +187,10 @@ def decode(
         At the first unreadable pictures, named, unless they are to be skipped; when
         none is readable; or when they fit neither in memory nor on disk.
     """
-    together = distributed.on_this_machine()
-    pixels = _room((len(images), height, width, 3), together[0])
-    own = distributed.share(len(images), together)
-    mine = images.without_identities().select(torch.arange(len(images))[own])
-    workers = workers or -(-(os.cpu_count() or 1) // len(together))
-    found = read_pictures(mine, pixels[own], workers)
-    found = {own.start + i: fault for i, fault in found.items()}
+    reader, found = distributed.first_here(), {}
+    pixels = _room((len(images), height, width, 3), reader)
+    if distributed.rank() == reader:
+        found = read_pictures(images, pixels, workers)
     broken = {i: x for part in distributed.everyones(found) for i, x in part.items()}
     if not broken:
         return torch.from_numpy(pixels), images
@@ -206,7 +203,7 @@ def decode(
         *(len(broken), len(images), images.paths[min(broken)]),
     )
     whole = [i for i in range(len(images)) if i not in broken]
-    if distributed.rank() == together[0]:
+    if distributed.rank() == reader:
         for place, i in enumerate(whole):  # in place: there may be no room for a copy
             pixels[place] = pixels[i]
     distributed.everyones(None)  # all wait for it

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 
 from o2cap.data.images import ImageSet, ReIDDataset, list_pictures, readable
@@ -26,16 +27,10 @@ from o2cap.data.loading import find_grey_range, read_pictures
 from o2cap.errors import InputError, unknown
 
 # By data set, split and what is counted; the file says where the numbers come from.
-PUBLISHED: dict[str, dict[str, dict[str, int]]] = {}
-for _line in Path(__file__).with_name("counts.csv").read_text("utf-8").splitlines():
-    if not _line.startswith("#"):
-        _name, _split, _what, _count = _line.split(",")
-        PUBLISHED.setdefault(_name, {}).setdefault(_split, {})[_what] = int(_count)
-
+PUBLISHED: dict[str, dict[str, dict[str, int]]] = yaml.safe_load(
+    Path(__file__).with_name("counts.yaml").read_text("utf-8")
+)
 SPLITS = ("train", "query", "gallery")
-
-
-Count = tuple[str, str, int | None, int]  # split, what; published (if known), found
 
 
 @dataclass
@@ -63,8 +58,8 @@ class Reading:
     notes: list[str] = field(default_factory=list)
 
     @property
-    def rows(self) -> list[Count]:
-        """All counts, published and found."""
+    def rows(self) -> list[tuple[str, str, int | None, int]]:
+        """All counts: split, what is counted, published (None: unknown), found."""
         return [
             (split, what, self.expected.get(split, {}).get(what), number)
             for split, counts in self.dataset.counts().items()
@@ -222,9 +217,7 @@ def _named(name: str, root: Path, skip_unreadable: bool) -> Reading:
                 camera, pid = int(match[2]), int(match[1])
                 names = (f"c{camera}", match[1].lstrip("0"))  # distractors have none
                 pictures.append((path, camera - 1, pid, *names))
-        remedy = "move them out of the folder"
-        if not (pictures or junk):
-            remedy = f"so this is not {name}: use --dataset folders, or manifest"
+        remedy = f"move them out; if this is no {name}, see --dataset manifest, folders"
         defect = f"Pictures in {base / folder} are not named like {example}"
         problems += _sentence(defect, strange, remedy)
         parts.append(pictures)

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn import functional as F
 
 from o2cap.errors import InputError
 
 logger = logging.getLogger("o2cap")
-HEADS = ("fc", "classifier", "head", "heads")  # what libraries call a classifier
+HEADS = ("fc", "classifier", "head")  # what libraries call a classifier
 # Label-free starts of the small network for rendered people and vehicles; card.json
 # says how data_scripts/pretrain.py made them.
 EMBEDDED = Path(__file__).parent
@@ -91,9 +90,12 @@ def fill(network: Any, state: dict[str, Tensor]) -> None:
     module = sys.modules[type(network).__module__]
     if hasattr(module, "checkpoint_filter_fn"):  # timm's
         n = state["pos_embed"].shape[1] - 1 if "pos_embed" in state else 0
-        if n and n == 2 * math.isqrt(n // 2) ** 2:  # timm would take it for a square
-            grid = network.patch_embed.grid_size
-            state["pos_embed"] = resize_positions(state["pos_embed"], grid)
+        columns = math.isqrt(n // 2)
+        if n and n == 2 * columns**2:  # TransReID's; timm would take it for a square
+            from timm.layers import resample_abs_pos_embed
+
+            old, new = [2 * columns, columns], network.patch_embed.grid_size
+            state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], new, old)
         state = module.checkpoint_filter_fn(state, network)
     lacks, extra = network.load_state_dict(state, strict=False)
     parts = {name.split(".")[0] for name in network.state_dict()}.difference(HEADS)
@@ -102,26 +104,3 @@ def fill(network: Any, state: dict[str, Tensor]) -> None:
         raise ValueError(f"{len(wrong)} entries do not fit, for instance {wrong[0]}")
     if extra:
         logger.info("left out of the weights: %s", ", ".join(sorted(extra)))
-
-
-def resize_positions(positions: Tensor, grid: list[int]) -> Tensor:
-    """Resize a position embedding to another grid of patches.
-
-    Parameters
-    ----------
-    positions : FloatTensor [1, 1 + n, D]
-        The class token's first; n patches of a square, or of a grid twice as tall as
-        wide (TransReID's).
-    grid : list of int
-        Rows and columns.
-
-    Returns
-    -------
-    FloatTensor [1, 1 + rows * columns, D]
-    """
-    token, patches = positions[:, :1], positions[:, 1:].transpose(1, 2)
-    n = patches.shape[2]
-    columns = math.isqrt(n if math.isqrt(n) ** 2 == n else n // 2)
-    patches = patches.unflatten(2, (-1, columns))
-    patches = F.interpolate(patches, grid, mode="bicubic", antialias=True)
-    return torch.cat([token, patches.flatten(2).transpose(1, 2)], dim=1)
