@@ -2,11 +2,13 @@
 
 from collections import Counter
 
+import pytest
 import torch
 from scipy.stats import chisquare, kstest
 from torch import Generator, Tensor
 from torchvision.transforms import Compose, Normalize, ToTensor
 
+from o2cap.data import transforms
 from o2cap.data.transforms import (
     MEAN,
     STD,
@@ -201,6 +203,24 @@ def test_augment_is_decided_by_its_generator_and_spares_its_input() -> None:
     generator = seeded(3)
     augment(pixels, generator, **FULL)
     assert not augment(pixels, generator, **FULL).equal(one)
+
+
+@pytest.mark.parametrize("jitter", [0.0, 0.4])
+def test_a_gpus_way_gives_the_same_pictures(
+    jitter: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a kernel a picture: gathers and masks, here on the CPU."""
+    pixels = torch.randint(256, (12, 20, 10, 3), dtype=torch.uint8)
+    for seed in range(5):
+        found = []
+        for by_picture in (True, False):
+            monkeypatch.setattr(
+                transforms, "_by_picture", lambda device, b=by_picture: b
+            )
+            generator = torch.Generator().manual_seed(seed)
+            found.append(augment(pixels, generator, pad=0.2, jitter=jitter))
+        assert torch.equal(*found)
+        assert found[1].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_an_epoch_drawn_at_once_is_its_batches_one_by_one() -> None:
