@@ -286,66 +286,10 @@ NO_INFLUENCE = (
     *("timeout", "evaluate_every"),
 )
 
-# Chosen on seeds 0-2 (reproduce/records/tuning.json).
-_EMBEDDED = Config(
-    backbone="tiny_resnet",
-    weights="embedded",
-    pooling="gem",
-    precision="off",  # the same numbers on a laptop without bf16
-    height=64,
-    width=32,
-    epochs=20,
-    iterations=50,
-    clustering=ClusteringConfig(
-        k1=10, k2=4, k1_intra=3, k1_inter=10, k2_inter=3, eps=0.6
-    ),
-    optim=OptimConfig(lr=2e-3, milestones=(0.8,)),
-    loss=LossConfig(momentum=0.5),
-)
-
+_given = yaml.safe_load(Path(__file__).with_name("presets.yaml").read_text("utf-8"))
 PRESETS: dict[str, Config] = {
-    # seconds: for tests and a first look
-    "smoke": replace(
-        _EMBEDDED,
-        preset="smoke",
-        epochs=4,
-        iterations=20,
-        synthetic=SyntheticConfig(identities=24, test_identities=12, cameras=4),
-    ),
-    # the book's: the paper's effect in minutes on a laptop
-    "synthetic": _EMBEDDED,
-    "synthetic-vehicles": replace(
-        _EMBEDDED,
-        preset="synthetic-vehicles",
-        dataset="synthetic-vehicles",
-        epochs=40,
-        width=64,
-        synthetic=SyntheticConfig(kind="vehicle"),
-    ),
-    # the paper's
-    "market1501": Config(preset="market1501", dataset="market1501"),
-    "dukemtmcreid": Config(preset="dukemtmcreid", dataset="dukemtmcreid"),
-    "msmt17": Config(preset="msmt17", dataset="msmt17"),
-    "veri776": Config(preset="veri776", dataset="veri776", height=256, width=256),
-    # in the manner of the recipes with a CLIP or ViT backbone; not measured here
-    "vit": Config(
-        preset="vit",
-        dataset="msmt17",
-        backbone="timm:vit_base_patch16_clip_224.openai",
-        iterations=200,
-        optim=OptimConfig(method="sgd"),
-        batch=BatchConfig(proxies=16, images=16),
-        clustering=ClusteringConfig(k1=30, eps=0.7),
-        loss=LossConfig(temperature=0.05, momentum=0.1),
-    ),
-    # the user's own pictures (manifest or folders): as the paper, but with clusters of
-    # standardised features, and one cut of the learning rate instead of two
-    "own": Config(
-        preset="own",
-        dataset="manifest",
-        optim=OptimConfig(milestones=(0.8,)),
-        clustering=ClusteringConfig(standardise=True),
-    ),
+    name: TypeAdapter(Config).validate_json(json.dumps({"preset": name} | given))
+    for name, given in _given.items()
 }
 
 

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, ParamSpec, TypeVar
@@ -28,6 +30,9 @@ from o2cap.errors import InputError, TrainingError
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+PATIENCE = 60.0  # seconds for which the others wait before it is said:
+WAITING = "%s takes a while: the others wait for it, --timeout minutes at most"
 
 
 @contextlib.contextmanager
@@ -168,10 +173,15 @@ def on_first(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return work(*args, **kwargs)
     found: list[Any] = [None]
     if rank() == 0:
+        say = logging.getLogger("o2cap").info
+        late = threading.Timer(PATIENCE, say, (WAITING, work.__name__))
+        late.start()
         try:
             found = [work(*args, **kwargs)]
         except (InputError, TrainingError) as error:
             found = [error]
+        finally:
+            late.cancel()
     dist.broadcast_object_list(found, 0)
     if isinstance(found[0], Exception):
         raise found[0]

@@ -15,7 +15,7 @@ BUDGETS = {
     "o2cap/backbone.py": 150,
     "o2cap/cli.py": 230,
     "o2cap/clustering.py": 220,
-    "o2cap/config.py": 220,
+    "o2cap/config.py": 185,
     "o2cap/data/__init__.py": 50,
     "o2cap/data/finding.py": 50,
     "o2cap/data/images.py": 140,
@@ -23,9 +23,9 @@ BUDGETS = {
     "o2cap/data/readers.py": 320,
     "o2cap/data/samplers.py": 40,
     "o2cap/data/synthetic.py": 950,
-    "o2cap/data/transforms.py": 95,
+    "o2cap/data/transforms.py": 105,
     "o2cap/device.py": 65,
-    "o2cap/distributed.py": 95,
+    "o2cap/distributed.py": 105,
     "o2cap/errors.py": 10,
     "o2cap/evaluation.py": 195,
     "o2cap/features.py": 85,
@@ -43,7 +43,7 @@ BUDGETS = {
 }
 RENDERER = "o2cap/data/synthetic.py"
 # o2cap without the renderer. Its goal is 3,300: what is over is still to be taken out.
-TOTALS = {"o2cap": 3700, "o2cap_book": 1450}
+TOTALS = {"o2cap": 3630, "o2cap_book": 1450}
 
 
 def code_lines(path: Path) -> int:

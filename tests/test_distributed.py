@@ -7,6 +7,7 @@ everything, which torchrun's own would do each for itself.
 from __future__ import annotations
 
 import copy
+import logging
 import multiprocessing
 import os
 import resource
@@ -15,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
@@ -217,6 +219,22 @@ def test_each_machine_reads_a_picture_once(
     assert {file.name for file in (tmp_path / "read").iterdir()} == readers
     for file in (tmp_path / "read").iterdir():
         assert sorted(file.read_text().split()) == names
+
+
+def _wait() -> None:
+    logging.basicConfig(level="INFO")
+    distributed.PATIENCE = 0.2
+    with distributed.joined():
+        distributed.on_first(time.sleep, 1)
+        distributed.PATIENCE = 60
+        distributed.on_first(time.sleep, 0.3)
+
+
+def test_a_long_wait_is_said_once(tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    assert run(said, _wait) == [0, 0], said.read_text()
+    assert said.read_text().count("sleep takes a while: the others wait") == 1
+    assert "--timeout minutes" in said.read_text()
 
 
 def _freeze_statistics() -> None:
