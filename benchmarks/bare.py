@@ -5,6 +5,7 @@ and a benchmark's are right; tyro reads command lines, and a benchmark reads its
 """
 
 import dataclasses
+import json
 import sys
 from importlib.util import find_spec
 from types import ModuleType
@@ -23,3 +24,25 @@ if isinstance(sys.modules.get("pydantic"), MagicMock):
     plain = ModuleType("pydantic.dataclasses")
     plain.dataclass = dataclass
     sys.modules[plain.__name__] = plain
+
+    def fill(settings, given):
+        """Return settings with what is given, groups in groups."""
+        for name, value in given.items():
+            if isinstance(value, dict):
+                value = fill(getattr(settings, name), value)
+            if isinstance(value, list):
+                value = tuple(value)
+            settings = dataclasses.replace(settings, **{name: value})
+        return settings
+
+    class TypeAdapter:
+        """Make settings of JSON, without looking at them."""
+
+        def __init__(self, kind):
+            self.kind = kind
+
+        def validate_json(self, text):
+            """Return them."""
+            return fill(self.kind(), json.loads(text))
+
+    sys.modules["pydantic"].TypeAdapter = TypeAdapter

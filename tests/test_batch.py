@@ -88,7 +88,7 @@ def test_whole_and_broken_numbers_of_one_value_are_one_setting() -> None:
 
 
 def test_studies_change_one_setting() -> None:
-    for job in jobs_of("studies"):
+    for job in [*jobs_of("studies"), *jobs_of("settings")]:
         plain, usual = job.config.to_dict(), preset("synthetic").to_dict()
         for config in (plain, usual):
             for name in ("seed", "method"):
@@ -109,7 +109,7 @@ def test_studies_change_one_setting() -> None:
 def test_the_crossed_design_leaves_out_what_the_ablation_holds() -> None:
     pairs = {
         (job.key["data_seed"], job.key["seed"])
-        for job in jobs_of("studies")
+        for job in jobs_of("settings")
         if job.study == "data_seed"
     }
     assert pairs == {(d, s) for d in (20, 21, 22) for s in (20, 21, 22) if d != s}
