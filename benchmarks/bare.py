@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from unittest.mock import MagicMock
 
-for missing in ("pydantic", "tyro"):
+for missing in ("pydantic", "annotated_types", "tyro"):
     if find_spec(missing) is None:
         sys.modules[missing] = MagicMock()
 

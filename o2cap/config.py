@@ -17,18 +17,19 @@ from typing import Annotated, Any, Literal, Self
 
 import tyro
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from o2cap import __version__
 from o2cap.errors import InputError, unknown
 
 Method = Literal["baseline", "intra", "offline", "online", "both"]
-Count = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
-Place = Annotated[Path, Field(strict=False)]  # text will do
+Count = Annotated[int, Ge(1)]
+Share = Annotated[float, Ge(0), Le(1)]
+Positive = Annotated[float, Gt(0)]
+Seed = Annotated[int, Ge(0), Lt(2**31)]
+Place = Annotated[Path, Strict(False)]  # text will do
 
 # strict: True is no number, and "3" neither
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -60,7 +61,7 @@ class AugmentConfig(_Checked):
 
     flip: Share = 0.5
     """Probability of a horizontal flip."""
-    pad: Annotated[float, Field(ge=0, le=0.5)] = 10 / 256
+    pad: Annotated[float, Ge(0), Le(0.5)] = 10 / 256
     """Black border before the random crop, as a share of the height."""
     erase: Share = 0.5
     """Probability that a random rectangle is erased (2-40 % of the area)."""
@@ -70,11 +71,11 @@ class AugmentConfig(_Checked):
 class WarmStartConfig(_Checked):
     """Label-free start from random weights: each picture is its own class."""
 
-    epochs: Annotated[int, Field(ge=0)] = 8
+    epochs: Annotated[int, Ge(0)] = 8
     """Length, in epochs; 0 switches the warm start off."""
     iterations: Count = 100
     """Batches in an epoch."""
-    images: Annotated[int, Field(ge=2)] = 32
+    images: Annotated[int, Ge(2)] = 32
     """Different pictures in a batch; each is seen twice, augmented differently."""
     lr: Positive = 2e-3
     """Learning rate of Adam."""
@@ -96,7 +97,7 @@ class OptimConfig(_Checked):
     """L2 penalty, coupled as in Adam."""
     warmup: Share = 0.2
     """Share of the epochs in which the rate rises linearly from 0.01 of its value."""
-    milestones: Annotated[tuple[Share, ...], Field(strict=False)] = (0.4, 0.8)
+    milestones: Annotated[tuple[Share, ...], Strict(False)] = (0.4, 0.8)
     """Shares of the epochs after which the rate is divided by ten."""
 
 
@@ -128,7 +129,7 @@ class ClusteringConfig(_Checked):
     """camera_aware: neighbours of the own camera averaged in the query expansion."""
     k2_inter: Count = 4
     """camera_aware: neighbours in the other cameras averaged there."""
-    eps: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    eps: Annotated[float, Ge(0), Lt(1)] = 0.5
     """Largest distance of two neighbours in DBSCAN."""
     min_samples: Count = 4
     """Neighbours (the picture included) that make a core picture."""
@@ -146,7 +147,7 @@ class LossConfig(_Checked):
     """Temperature of every softmax over proxies."""
     momentum: Share = 0.2
     """Share of the old memory entry that an update keeps."""
-    negatives: Annotated[int, Field(ge=0)] = 50
+    negatives: Annotated[int, Ge(0)] = 50
     """Hardest other proxies in the denominator."""
     positives: Count = 3
     """Positives that online association picks, one a camera."""
@@ -168,15 +169,15 @@ class SyntheticConfig(_Checked):
     """What is rendered."""
     identities: Count = 100
     """Training identities."""
-    test_identities: Annotated[int, Field(ge=0)] = 60
+    test_identities: Annotated[int, Ge(0)] = 60
     """Identities to evaluate with; none of them is trained on."""
     cameras: Count = 6
     """Number of cameras."""
-    images_per_camera: Annotated[int, Field(ge=2)] = 4
+    images_per_camera: Annotated[int, Ge(2)] = 4
     """Pictures of an identity in a camera that it passes."""
-    presence: Annotated[float, Field(gt=0, le=1)] = 0.6
+    presence: Annotated[float, Gt(0), Le(1)] = 0.6
     """Probability that an identity passes a camera; each passes at least two."""
-    strength: Annotated[float, Field(ge=0)] = 1.0
+    strength: Annotated[float, Ge(0)] = 1.0
     """Camera gap; 0 makes all cameras identical, 1 is the book's."""
     seed: Seed | None = None
     """Seed of identities, cameras and pictures; by default the one of the training."""
@@ -212,15 +213,15 @@ class Config(_Checked):
     takes up."""
     pooling: Literal["avg", "gem"] = "avg"
     """Pooling over the last feature map, average or generalised mean (GeM)."""
-    height: Annotated[int, Field(ge=16)] = 256
+    height: Annotated[int, Ge(16)] = 256
     """Height of the network's input, in pixels."""
-    width: Annotated[int, Field(ge=16)] = 128
+    width: Annotated[int, Ge(16)] = 128
     """Width of the network's input, in pixels."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
-    workers: Annotated[int, Field(ge=0)] = 0
+    workers: Annotated[int, Ge(0)] = 0
     """Threads that decode pictures; 0 is one a core. Never changes a result."""
-    threads: Annotated[int, Field(ge=0)] = 0
+    threads: Annotated[int, Ge(0)] = 0
     """Threads of the arithmetic on the CPU; 0 is chosen by the program."""
     precision: Literal["auto", "bf16", "fp16", "off"] = "auto"
     """Mixed precision; auto is bf16 where the hardware has it, fp16 on a GPU without,

@@ -17,7 +17,7 @@ import torch
 # A machine with PyTorch and little else, where the package is not installed.
 BARE = """
 import importlib.metadata, runpy, sys
-for name in ("pydantic", "tyro", "faiss", "umap", "timm"):
+for name in ("pydantic", "annotated_types", "tyro", "faiss", "umap", "timm"):
     sys.modules[name] = None
 known = importlib.metadata.version
 def version(name):
