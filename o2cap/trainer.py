@@ -107,7 +107,7 @@ def train(
             with stage("evaluate", {}):
                 if run.before is None:
                     run.before = evaluator.record(learner.model)
-                    logger.info("before training: %s", in_words(run.before))
+                    logger.info("before training: %s", in_words(run.before) or "no mAP")
                     run.keep_weights(learner.model, "start.safetensors")
                     run.save(learner.state(), epoch=-1)
             for record in train_epochs(learner, evaluator, run, labels, pids):
@@ -223,10 +223,9 @@ def warm_start(learner: Learner, run: RunDirectory) -> None:
     for number in range(run.next_epoch, 0):
         epoch = number + settings.epochs
         generator = learner.begin("warm start", epoch, settings.lr)
-        batches = instance_batches(
+        twice = instance_batches(
             len(learner.images), settings.iterations, generator, images=settings.images
-        )
-        twice = batches.repeat(1, 2)
+        ).repeat(1, 2)
         for pictures in learner.pictures(twice, generator, settings.jitter):
             views = learner.embed(pictures)
             loss = losses.instance_loss(views, temperature=settings.temperature)

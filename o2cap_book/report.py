@@ -37,7 +37,6 @@ from o2cap_book.sheets import best_matches, contact_sheet, ranked_lists
 
 METRICS = {"mAP": "mAP", "rank1": "rank-1", "rank5": "rank-5", "rank10": "rank-10"}
 MAPPED = 1000  # pictures on the map: more take minutes and only blacken it
-FEW = 300  # pictures: fewer are placed by t-SNE before UMAP has been compiled
 
 
 @dataclass(frozen=True)
@@ -70,9 +69,9 @@ def report(
     """Write ``report.html`` into a run directory: everything about the run.
 
     Headline metrics, warnings, curves, what became of the clusters, ranked lists good
-    and bad, a map by identity and by camera (of few pictures by t-SNE, else by UMAP),
-    seconds per stage, configuration and environment. Parts that need the pictures say
-    so when these are not there; features of query and gallery are computed anew.
+    and bad, a map by identity and by camera, seconds per stage, configuration and
+    environment. Parts that need the pictures say so when these are not there; features
+    of query and gallery are computed anew.
 
     Parameters
     ----------
@@ -258,7 +257,7 @@ def _map(images: ImageSet, features: Tensor, clusters: Tensor | None) -> list[Pi
     if len(images) < 8:  # too few for a map
         return []
     name = "identity" if clusters is None else "cluster"
-    placed = project(features, "tsne" if len(images) < FEW else "umap")
+    placed = project(features, "tsne")  # UMAP compiles longer than this takes
     alt = f"Map of {len(images)} pictures by {name} and by camera, trustworthiness"
     caption = (
         f"One point is one picture. Good: each {name} in one place (left), cameras "

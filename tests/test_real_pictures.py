@@ -49,4 +49,4 @@ def test_every_command_on_real_pictures(
     assert len(found["matches"]) == 10 and picture.stat().st_size > 10_000
     command("report", run)
     page = (run / "report.html").read_text(encoding="utf-8")
-    assert "UMAP" in page and "manifest" in page
+    assert "t-SNE" in page and "manifest" in page
