@@ -122,13 +122,13 @@ class ClusteringConfig(_Checked):
     k2: Count = 6
     """Neighbours averaged in the local query expansion."""
     k1_intra: Count = 5
-    """camera_aware: neighbours of a picture's own camera."""
+    """Neighbours of a picture's own camera (camera_aware)."""
     k1_inter: Count = 20
-    """camera_aware: neighbours in the other cameras."""
+    """Neighbours in the other cameras (camera_aware)."""
     k2_intra: Count = 2
-    """camera_aware: neighbours of the own camera averaged in the query expansion."""
+    """Neighbours of the own camera in the query expansion (camera_aware)."""
     k2_inter: Count = 4
-    """camera_aware: neighbours in the other cameras averaged there."""
+    """Neighbours in the other cameras in the query expansion (camera_aware)."""
     eps: Annotated[float, Ge(0), Lt(1)] = 0.5
     """Largest distance of two neighbours in DBSCAN."""
     min_samples: Count = 4
@@ -205,7 +205,7 @@ class Config(_Checked):
     iterations: Count = 400
     """Batches in an epoch."""
     backbone: str = "resnet50"
-    """tiny_resnet, resnet50_ibn_a, a torchvision model, or timm:NAME."""
+    """A torchvision model, tiny_resnet, resnet50_ibn_a, or ``timm:NAME``."""
     weights: Annotated[str, tyro.conf.arg(aliases=("--from",))] = "torchvision"
     """pretrained (the library's own, downloaded; torchvision is the older word),
     embedded (the package's own, of tiny_resnet on rendered pictures), none (then with
@@ -218,7 +218,7 @@ class Config(_Checked):
     width: Annotated[int, Ge(16)] = 128
     """Width of the network's input, in pixels."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
+    """One of auto, cpu, cuda, mps, or as ``cuda:1``."""
     workers: Annotated[int, Ge(0)] = 0
     """Threads that decode pictures; 0 is one a core. Never changes a result."""
     threads: Annotated[int, Ge(0)] = 0
@@ -229,7 +229,7 @@ class Config(_Checked):
     cuda_graphs: bool = True
     """On a GPU, launch the network's two passes as one CUDA graph each."""
     timeout: Count = 30
-    """Minutes for which one of several processes waits for another: at least as long
+    """Minutes for which one of several processes waits for another, at least as long
     as the clustering takes, which only the first one does."""
     deterministic: bool = False
     """On a GPU, only deterministic kernels (slower); on the CPU all of ours are."""

@@ -33,7 +33,7 @@ class CameraProxies:
 
     @cached_property
     def most_per_cluster(self) -> int:
-        """Proxies of the cluster that has most: the most cameras that see one."""
+        """Proxies of the cluster that has most, the most cameras that see one."""
         return int(self.cluster.bincount().max()) if len(self) else 0
 
     @cached_property

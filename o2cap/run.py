@@ -322,7 +322,7 @@ class RunResult:
 
     @property
     def final(self) -> Metrics:
-        """The record of the last epoch: what is reported, never the best epoch."""
+        """The record of the last epoch, which is reported, never the best epoch."""
         return self.history[-1]
 
     @cached_property

@@ -136,7 +136,7 @@ class Job:
 
     @cached_property
     def name(self) -> str:
-        """The job's folder, with a hash: other settings are another job."""
+        """The job's folder, with a hash, since other settings are another job."""
         study = f"-{self.study}-{self.value:g}" if self.study else ""
         seed, key = self.config.seed, self.config.hash()
         return f"{self.dataset}-{self.method}-seed{seed}{study}-{key}"
@@ -443,7 +443,7 @@ class Batch:
 
     @property
     def record(self) -> str:
-        """The name of the record: that of the target, or of real pictures."""
+        """The name of the record, that of the target, or of real pictures."""
         paper = self.target == "paper" and self.dataset
         return f"{self.dataset if paper else self.target}.json"
 

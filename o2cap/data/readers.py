@@ -59,7 +59,7 @@ class Reading:
 
     @property
     def rows(self) -> list[tuple[str, str, int | None, int]]:
-        """All counts: split, what is counted, published (None: unknown), found."""
+        """All counts, as split, what is counted, published (or None), found."""
         return [
             (split, what, self.expected.get(split, {}).get(what), number)
             for split, counts in self.dataset.counts().items()
