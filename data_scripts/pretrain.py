@@ -113,6 +113,7 @@ def pretrain(
         if hardware.device.type == "cuda"
         else f"CPU, {torch.backends.cpu.get_cpu_capability()}",
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "command": f"python data_scripts/pretrain.py {kind} --epochs {epochs}",
     }
 
 

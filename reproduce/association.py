@@ -3,11 +3,11 @@
     python reproduce/association.py --output reproduce/records/association.json
 
 Two parts, each a list of rows in the record. *diagnosis*: what the two losses would do
-with the clusters of an epoch, against the true identities, for several camera gaps, at
-the start and at the end of runs with both losses. *fragments*: the true identities as
-pseudo labels, a share of them cut into clusters of one camera and a share merged with
-another, trained with each loss. Identities serve to look, and to break; the losses see
-pseudo labels, as ever. The record grows run by run, and a second call goes on.
+with the clusters of an epoch, against the true identities, in runs with both losses,
+for several camera gaps and both starts. *fragments*: the true identities as pseudo
+labels, a share of them cut into clusters of one camera and a share merged with another,
+trained with each loss. Identities serve to look, and to break; the losses see pseudo
+labels, as ever. The record grows run by run, and a second call goes on.
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Generator, Tensor
 
 import o2cap
 from o2cap import losses
+from o2cap.backbone import build_model
 from o2cap.config import Config, LossConfig, SyntheticConfig, preset
 from o2cap.data import load_configured
-from o2cap.data.images import ImageSet
 from o2cap.features import extract
 from o2cap.files import read_json, replacing
 from o2cap.neighbours import nearest_neighbours
@@ -41,8 +43,10 @@ from o2cap.trainer import find_clusters, train
 Row = dict[str, Any]
 
 STRENGTHS = (0.5, 1.0, 1.5)
+STARTS = ("embedded", "none")  # the shipped weights; random ones, and the warm start
+WHEN = (0, 5, 10, 15, 19)  # epochs, before whose training the clusters are looked at
 SHARES = ((0.0, 0.0), (0.5, 0.0), (1.0, 0.0), (0.5, 0.3))
-METHODS = ("offline", "online", "both", "both+spare")
+METHODS = ("offline", "intra", "online", "both", "both+spare")
 EPOCHS = 5  # labels that stay the same are learned soon
 ANCHORS = 600
 
@@ -76,8 +80,9 @@ def diagnose(
         clusters; of the true matches ``pulled`` (in the anchor's cluster), ``pushed``
         (among offline's negatives), and ``chance`` (pushed, if the negatives were drawn
         blindly); ``contested`` of online's positives outside the cluster (also
-        offline's negatives); ``precision`` and ``recall`` of online's positives in
-        other cameras. And ``cameras``, per cluster.
+        offline's negatives), and of these ``contested_right`` (true matches);
+        ``precision`` and ``recall`` of online's positives in other cameras. And
+        ``cameras``, per cluster.
     """
     settings = settings or LossConfig()
     proxies = split_by_camera(clusters, camids)
@@ -120,6 +125,7 @@ def diagnose(
         "pushed": share(negative, true),
         "chance": float((odds * missed).sum() / true.sum().clamp(min=1)),
         "contested": share(negative, outside),
+        "contested_right": share(true, outside & negative),
         "precision": share(true, picked & elsewhere),
         "recall": share(picked, true),
     }
@@ -161,35 +167,31 @@ def configure(job: Row, **changes: Any) -> Config:
 
 
 def run_diagnosis(job: Row, device: str) -> list[Row]:
-    """Diagnose the clusters at the start, and of the usual cameras at the end too."""
-    config = configure(job, device=device, evaluate_every=100)
-    images, rows = load_configured(config), []
-    camids, pids = images.train.camids, images.train.pids
+    """Train with both losses, and diagnose the clusters of some epochs."""
+    config = configure(job, device=device, evaluate_every=100, weights=job["weights"])
+    images = load_configured(config)
+    pids = images.train.pids
     assert pids is not None
     distance = replace(config.clustering, distance=job["distance"])
     config = replace(config, clustering=distance)
-    if job["strength"] != 1:  # nothing is read of this training but its start
-        config = replace(config, epochs=1, iterations=1)
-    with tempfile.TemporaryDirectory() as folder:
-        config = replace(config, output=Path(folder) / "run")
-        train(config, images)
-        stages = {"start": "start", "end": "model"}
-        for when in stages if job["strength"] == 1 else ["start"]:
-            features = look(config, f"{stages[when]}.safetensors", images.train)
-            clusters = find_clusters(features, camids, config)
+    epochs, rows = count(), []
+
+    def watched(features: Tensor, camids: Tensor, config: Config) -> Tensor:
+        """Cluster as the trainer does, and look."""
+        clusters = find_clusters(features, camids, config)
+        epoch = next(epochs)
+        if epoch in WHEN:
             rows.append(
-                job | {"when": when} | diagnose(features, clusters, camids, pids)
+                job | {"epoch": epoch} | diagnose(features, clusters, camids, pids)
             )
+        return clusters
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch("o2cap.trainer.find_clusters", watched),
+    ):
+        train(replace(config, output=Path(folder) / "run"), images)
     return rows
-
-
-def look(config: Config, weights: str, images: ImageSet) -> Tensor:
-    """Return features of a run's start or end."""
-    assert config.output is not None
-    _, model = load_model(config.output, weights)
-    return extract(
-        model, images, height=config.height, width=config.width, device="cpu"
-    )
 
 
 def run_fragments(job: Row, device: str) -> list[Row]:
@@ -208,13 +210,33 @@ def run_fragments(job: Row, device: str) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         config = replace(config, output=Path(folder) / "run")
         final = train(config, images, pseudo_labels=labels).final
-        features = look(config, "start.safetensors", images.train)
+        _, model = load_model(Path(folder) / "run", "start.safetensors")
+        size: Row = {"height": config.height, "width": config.width}
+        features = extract(model, images.train, **size, device="cpu")
     found = diagnose(features, labels, camids, pids)
     return [job | {"mAP": final["mAP"], "rank1": final["rank1"]} | found]
 
 
-def jobs(seeds: list[int]) -> Iterator[Row]:
+def run_real(job: Row, device: str) -> list[Row]:
+    """Diagnose the plain clusters of real pictures, by weights from ImageNet."""
+    size: Row = {"height": 128, "width": 64}
+    network = {"backbone": "mobilenet_v2", "weights": job["weights"]}
+    config = preset("own", root=Path(job["root"]), device=device, **size, **network)
+    plain = replace(config.clustering, standardise=False)
+    config = replace(config, clustering=plain)
+    images = load_configured(config).train
+    assert images.pids is not None
+    model = build_model(config.backbone, config.weights, **size, pooling=config.pooling)
+    features = extract(model, images, **size, device=device)
+    clusters = find_clusters(features, images.camids, config)
+    found = diagnose(features, clusters, images.camids, images.pids)
+    return [job | {"epoch": 0} | found]
+
+
+def jobs(seeds: list[int], ward: str = "", weights: str = "") -> Iterator[Row]:
     """Yield all runs, the quickest answers first."""
+    if ward:
+        yield {"part": "real", "root": ward, "weights": weights}
     for seed in seeds:
         for cut, merge in SHARES:
             for method in METHODS:
@@ -226,26 +248,32 @@ def jobs(seeds: list[int]) -> Iterator[Row]:
                     "method": method,
                 }
         for strength in STRENGTHS:
-            for distance in ("jaccard", "camera_aware"):
-                yield {
-                    "part": "diagnosis",
-                    "seed": seed,
-                    "strength": strength,
-                    "distance": distance,
-                }
+            for weights in STARTS:
+                # the distance that knows the cameras: at the book's gap only
+                for distance in ("jaccard", "camera_aware")[: 1 + (strength == 1)]:
+                    yield {
+                        "part": "diagnosis",
+                        "seed": seed,
+                        "strength": strength,
+                        "weights": weights,
+                        "distance": distance,
+                    }
 
 
 def work(job: Row, device: str) -> list[Row]:
     """Run one job."""
     torch.set_num_threads(1)
-    return (run_diagnosis if job["part"] == "diagnosis" else run_fragments)(job, device)
+    run = {"real": run_real, "diagnosis": run_diagnosis, "fragments": run_fragments}
+    return run[job["part"]](job, device)
 
 
 def main() -> None:
     """Run what the record lacks."""
     say = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     say.add_argument("--output", type=Path, required=True)
-    say.add_argument("--seeds", type=int, nargs="+", default=[20, 21, 22])
+    say.add_argument("--seeds", type=int, nargs="+", default=range(20, 25))
+    say.add_argument("--ward", default="", help="a manifest of WARD, if it is there")
+    say.add_argument("--weights", default="", help="MobileNetV2's, for WARD")
     say.add_argument("--device", default="cpu")
     say.add_argument("--workers", type=int, default=1)
     given = say.parse_args()
@@ -258,7 +286,11 @@ def main() -> None:
     if given.output.is_file():
         record = read_json(given.output)
     done = [{k: row[k] for k in row["job"]} for row in record["rows"]]
-    todo = [job for job in jobs(given.seeds) if _key(job) not in map(_key, done)]
+    todo = [
+        job
+        for job in jobs(given.seeds, given.ward, given.weights)
+        if _key(job) not in map(_key, done)
+    ]
     with ProcessPoolExecutor(given.workers, get_context("spawn")) as pool:
         waiting = {pool.submit(work, job, given.device): job for job in todo}
         for ended in as_completed(waiting):

@@ -250,9 +250,12 @@ def test_nothing_else_renders_with_the_seeds_of_the_starts() -> None:
         for job in batch.read_grid(batch.GRID, target):
             assert max(job.key["seed"], job.key["data_seed"]) < min(pretrain.SEEDS)
     for path in batch.RECORDS.glob("*.json"):
-        for row in read_json(path).get("rows", []):
+        record = read_json(path)
+        for row in [*record.get("rows", []), *record.get("tried", [])]:
             seeds = [row.get("seed"), row.get("data_seed")]
             assert not {*pretrain.SEEDS} & {*seeds}, path
+    for path in (Path(__file__).parents[1] / "book").glob("*.ipynb"):
+        assert '"seed = 20\\n"' in path.read_text(encoding="utf-8"), path
 
 
 def test_a_start_is_made_without_identities(
