@@ -6,7 +6,8 @@
 The strip is that of the chapter on metrics: in each of eight stripes from head
 to feet, a histogram of 64 colours in the middle of the picture. *Standardised* removes
 each camera's mean and spread, over the whole test set; *centred* the mean alone, of
-query and gallery each. Nothing is trained.
+query and gallery each. Nothing is trained. With ``--jobs runs/reproduce/jobs`` the runs
+of ``both`` that the ablation left there are centred in the same way.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from o2cap.data import load_configured
 from o2cap.data.loading import decode
 from o2cap.evaluation import assess
 from o2cap.files import replacing
+from o2cap.inference import embed
+from o2cap.run import read_run
 
 WIDTHS = {"synthetic": 3 / 8, "synthetic-vehicles": 1.0, "ward": 3 / 8}
 
@@ -60,6 +63,7 @@ def main(
     output: Path,
     seeds: tuple[int, ...] = tuple(range(20, 30)),
     ward: Path | None = None,
+    jobs: Path | None = None,
 ) -> None:
     """Write the record.
 
@@ -71,6 +75,8 @@ def main(
         Of the rendered people and vehicles.
     ward
         A manifest of WARD, if it is there.
+    jobs
+        The folder of the ablation's jobs, if it is there.
     """
     torch.set_num_threads(1)
     todo = [(n, preset(n, seed=s)) for n in list(WIDTHS)[:2] for s in seeds]
@@ -97,6 +103,15 @@ def main(
             about = {"dataset": name, "method": method, "seed": config.seed}
             rows.append(about | {"metrics": kept})
         print(rows[-3:], flush=True)
+    for run in sorted(jobs.glob("synthetic-both-seed*/run")) if jobs else ():
+        config = read_run(run).config
+        data = load_configured(config)
+        parts = (data.query, data.gallery)
+        means = [centre(embed(run, p).features, p.camids) for p in parts]
+        found = assess(*parts, *means)
+        kept = {key: round(found[key], 6) for key in ("mAP", "rank1")}
+        about = {"dataset": "synthetic", "method": "both, centred"}
+        rows.append(about | {"seed": config.seed, "metrics": kept})
     record = {
         "what": "Histograms of colours, without any training.",
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
