@@ -69,7 +69,8 @@ def begin(
     ----------
     profile : str
         ``smoke``, ``cpu`` or ``gpu``. With ``cpu``, rendered pictures are trained on
-        for 10 epochs, and a real data set in small pictures, to see that it works.
+        for 10 epochs, in bf16 where the processor has it, and a real data set in small
+        pictures, to see that it works.
     dataset, root : str
         As in :class:`o2cap.config.Config`; an empty root for rendered pictures.
     seed : int

@@ -1,13 +1,15 @@
 """When does offline association help? A diagnosis, and clusters broken on purpose.
 
     python reproduce/association.py --output reproduce/records/association.json
+    … --ward ward/manifest.csv --weights mobilenet_v2_imagenet.safetensors
 
-Two parts, each a list of rows in the record. *diagnosis*: what the two losses would do
-with the clusters of an epoch, against the true identities, in runs with both losses,
-for several camera gaps and both starts. *fragments*: the true identities as pseudo
-labels, a share of them cut into clusters of one camera and a share merged with another,
-trained with each loss. Identities serve to look, and to break; the losses see pseudo
-labels, as ever. The record grows run by run, and a second call goes on.
+The record's rows have a part. *diagnosis*: what the two losses would do with the
+clusters of an epoch, against the true identities, in runs with both losses, for several
+camera gaps and both starts; *real*: the same for WARD, before training. *fragments*:
+the true identities as pseudo labels, a share of them cut into clusters of one camera
+and a share merged with another, trained with each loss. Identities serve to look, and
+to break; the losses see pseudo labels, as ever. The record grows run by run, and a
+second call goes on.
 """
 
 from __future__ import annotations
@@ -248,14 +250,14 @@ def jobs(seeds: list[int], ward: str = "", weights: str = "") -> Iterator[Row]:
                     "method": method,
                 }
         for strength in STRENGTHS:
-            for weights in STARTS:
+            for start in STARTS:
                 # the distance that knows the cameras: at the book's gap only
                 for distance in ("jaccard", "camera_aware")[: 1 + (strength == 1)]:
                     yield {
                         "part": "diagnosis",
                         "seed": seed,
                         "strength": strength,
-                        "weights": weights,
+                        "weights": start,
                         "distance": distance,
                     }
 

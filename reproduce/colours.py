@@ -113,7 +113,7 @@ def main(
         about = {"dataset": "synthetic", "method": "both, centred"}
         rows.append(about | {"seed": config.seed, "metrics": kept})
     record = {
-        "what": "Histograms of colours, without any training.",
+        "what": "Histograms of colours, without any training; `both`, centred alike.",
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": {"o2cap": o2cap.__version__},
         "rows": rows,
